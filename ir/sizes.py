@@ -1,0 +1,74 @@
+"""Dimensions: integers, or expressions over named sizes such as ``"2*N"``."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .errors import InvalidGraph
+
+Dim = int | str
+"""A concrete extent, or an expression over named sizes such as ``"N"``, ``"2*N"`` or ``"(H//2)*(W//2)"``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A named size and the range it may take; ``maximum=None`` leaves it open."""
+
+    name: str
+    minimum: int = 1
+    maximum: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} in [{self.minimum}, {'inf' if self.maximum is None else self.maximum}]"
+
+
+_BINARY: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_CALLS: Mapping[str, Callable[..., int]] = {"max": max, "min": min, "mod": operator.mod}
+
+
+def evaluate(dim: Dim, sizes: Mapping[str, int]) -> int:
+    """The extent that ``dim`` has for these sizes; InvalidGraph if a name has no size."""
+    return dim if isinstance(dim, int) else _evaluate(_tree(dim), dim, sizes)
+
+
+def names(dim: Dim) -> frozenset[str]:
+    """The named sizes in ``dim``."""
+    if isinstance(dim, int):
+        return frozenset()
+    return frozenset(n.id for n in ast.walk(_tree(dim)) if isinstance(n, ast.Name)) - _CALLS.keys()
+
+
+@lru_cache(maxsize=4096)
+def _tree(text: str) -> ast.expr:
+    try:
+        return ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        raise InvalidGraph(f"dimension {text!r} is not an expression over named sizes such as 2*N") from error
+
+
+def _evaluate(node: ast.expr, text: str, sizes: Mapping[str, int]) -> int:
+    match node:
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.Name(id=name) if name in sizes:
+            return sizes[name]
+        case ast.Name(id=name):
+            raise InvalidGraph(f"dimension {text!r}: size {name} has no value; give one, such as --size {name}=8")
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, text, sizes)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            return _BINARY[type(op)](_evaluate(left, text, sizes), _evaluate(right, text, sizes))
+        case ast.Call(func=ast.Name(id=name), args=args) if name in _CALLS:
+            return _CALLS[name](*(_evaluate(arg, text, sizes) for arg in args))
+    raise InvalidGraph(f"dimension {text!r}: only + - * // % ** max min over named sizes are dimensions")

@@ -1,0 +1,5 @@
+"""Operators of our own."""
+
+
+def register() -> None:
+    """Register our operators with PyTorch."""

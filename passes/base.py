@@ -1,0 +1,92 @@
+"""What a pass is, and the registry of passes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from intarsia.ir import registry
+from intarsia.ir.errors import PlanError, UsageError
+from intarsia.ir.graph import Graph
+from intarsia.ir.plan import Choices, Chosen
+from intarsia.ir.spec import Spec, construct, spec_of
+from intarsia.ir.target import Target
+
+PASSES: dict[str, str] = {}
+"""Passes that come with Intarsia, by name; others join by entry points of the group ``intarsia.passes``."""
+
+GROUP = "intarsia.passes"
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A named change to a graph, which may leave decisions to the search.
+
+    Subclasses are frozen dataclasses; their fields are the pass's arguments, and ``str`` of a pass is
+    ``name(key=value)``, from which ``find_pass`` makes it again.
+    """
+
+    name: ClassVar[str]
+
+    def choices(self, graph: Graph, target: Target) -> Choices:
+        """The decisions this pass leaves open on ``graph``; the first option of each leaves things as they are."""
+        return {}
+
+    def refusals(self, graph: Graph, target: Target) -> dict[str, str]:
+        """Places where the pass looked and offers nothing, each with the reason; ``explain`` prints them."""
+        return {}
+
+    @abstractmethod
+    def run(self, graph: Graph, target: Target, chosen: Chosen) -> Graph:
+        """The changed graph, or ``graph`` itself when nothing changes; weights are never looked at."""
+
+    def __str__(self) -> str:
+        return str(spec_of(self.name, self))
+
+
+def find_pass(text: str) -> Pass:
+    """The pass that ``name(key=value)`` or ``path/to/file.py:ClassName(key=value)`` stands for.
+
+    Raises:
+        UsageError: No such pass, file or class.
+        SpecError: The notation or a key is wrong.
+    """
+    if ".py:" in text:
+        return _from_file(text)
+    spec = Spec.parse(text)
+    found = registry.find(spec.name, PASSES, group=GROUP, kind="pass")
+    made = construct(found, spec)
+    assert isinstance(made, Pass)
+    return made
+
+
+def _from_file(text: str) -> Pass:
+    path_text, _, rest = text.partition(".py:")
+    path, spec = Path(path_text + ".py"), Spec.parse(rest)
+    if not path.is_file():
+        raise UsageError(f"pass {text!r}: there is no file {path}")
+    module_name = f"intarsia_user_pass_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module  # dataclasses look their module up by name
+    module_spec.loader.exec_module(module)
+    cls = getattr(module, spec.name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+        raise UsageError(f"pass {text!r}: {path} defines no Pass called {spec.name}")
+    return construct(cls, spec)
+
+
+def check_chosen(pass_: Pass, choices: Choices, chosen: Chosen) -> None:
+    """Raise PlanError if ``chosen`` names a place or an option that the pass does not offer."""
+    for place, option in chosen.items():
+        if place not in choices:
+            raise PlanError(f"{pass_.name}: nothing to choose at %{place}; inspect the plan's graph")
+        if option not in choices[place]:
+            offered = ", ".join(choices[place])
+            raise PlanError(f"{pass_.name}: %{place} offers {offered}; the plan asks for {option}")
