@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import operator
 import re
@@ -52,7 +54,8 @@ def trace(
     title = name or type(module).__name__
     with torch.no_grad():
         try:
-            program = _export(module, kwargs, shapes)
+            with _quiet_pytorch():
+                program = _export(module, kwargs, shapes)
         except Exception as error:  # torch.export has no common base class for what it refuses
             raise Unsupported(f"{title} cannot be traced:", _draft_reasons(module, kwargs, shapes, error)) from error
     return import_program(program, name=title, dynamic=dynamic)
@@ -119,15 +122,23 @@ def _draft_reasons(
 ) -> Sequence[str]:
     """All that stands in the way: torch.export stops at the first obstacle, a draft export goes on."""
     first = f"torch.export: {str(error).strip().splitlines()[0]}"
-    logger = logging.getLogger("torch.export._draft_export")
-    logger.disabled = True  # its report names a tool of PyTorch's own; ours follows
     try:
-        draft = torch.export.draft_export(module, (), dict(kwargs), dynamic_shapes=dict(shapes), strict=False)
+        with _quiet_pytorch():
+            draft = torch.export.draft_export(module, (), dict(kwargs), dynamic_shapes=dict(shapes), strict=False)
     except Exception:  # the draft fails for reasons that the first error already tells
         return [first]
-    finally:
-        logger.disabled = False
     return list(_refusals(draft)) or [first]
+
+
+@contextlib.contextmanager
+def _quiet_pytorch() -> Iterator[None]:
+    """Hold back what PyTorch's export prints and logs about a failure; our own reasons say it in one line each."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _refusals(program: ExportedProgram) -> Iterator[str]:
@@ -165,7 +176,7 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in')
 
 def _source(fx: torch.fx.Node) -> str:
     """File and line in the user's model; the path starts at the package, so that it means the same everywhere."""
-    frames = _FRAME.findall(fx.meta.get("stack_trace") or "")
+    frames = [f for f in _FRAME.findall(fx.meta.get("stack_trace") or "") if not f[0].startswith("<")]
     if not frames:
         return ""
     path, line = frames[-1]
@@ -309,8 +320,8 @@ class _Import:
             if bounds is None:
                 sizes.append(Size(name))
                 continue
-            maximum = int(bounds.upper) if bounds.upper.is_finite and int(bounds.upper) < 2**31 else None
-            sizes.append(Size(name, max(int(bounds.lower), 0), maximum))
+            maximum = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**31 else None
+            sizes.append(Size(name, max(int(bounds.lower), 1), maximum))
         return tuple(sorted(sizes, key=lambda size: size.name))
 
     def _all_values(self) -> Iterator[Value]:
