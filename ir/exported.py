@@ -100,8 +100,14 @@ def _dynamic_shapes(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str,
     texts = [text for axes in dynamic.values() for text in axes.values()]
     dims = {name: Dim(name) for name in sorted({n for text in texts for n in names(text)})}
     return {
-        key: {axis: _affine(text, dims) for axis, text in dynamic.get(key, {}).items()} or None for key in inputs
+        key: {axis: _affine(text, dims) for axis, text in dynamic[key].items()} if key in dynamic else _fixed(value)
+        for key, value in inputs.items()
     }
+
+
+def _fixed(value: object) -> Any:
+    """No axis varies; the nesting of tuples, lists and dictionaries is what torch.export wants repeated."""
+    return torch.utils._pytree.tree_map(lambda _: None, value)
 
 
 def _export(module: torch.nn.Module, kwargs: dict[str, Any], shapes: dict[str, Any]) -> ExportedProgram:
@@ -177,10 +183,9 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in')
 def _source(fx: torch.fx.Node) -> str:
     """File and line in the user's model; the path starts at the package, so that it means the same everywhere."""
     frames = [f for f in _FRAME.findall(fx.meta.get("stack_trace") or "") if not f[0].startswith("<")]
-    if not frames:
-        return ""
-    path, line = frames[-1]
-    return f"{_package_path(Path(path))}:{line}"
+    lines = [f"{_package_path(Path(path))}:{line}" for path, line in frames]
+    users = [line for line in lines if not line.startswith("torch/")]
+    return (users or lines or [""])[-1]
 
 
 def _package_path(path: Path) -> str:
