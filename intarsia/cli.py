@@ -1,0 +1,481 @@
+"""The command line: every verb reads its options, calls ``intarsia.flow`` and prints what came out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from intarsia import configuration, terminal
+from intarsia.ir.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_RESUMABLE = {"search", "optimize"}
+"""Verbs that journal what they measure."""
+
+
+class Verbs(TyperGroup):
+    """The verbs, with every error turned into one line and an exit code."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        """Run the verb that ``args`` names and end the process with its exit code."""
+        words = list(sys.argv[1:] if args is None else args)
+        extra |= {"standalone_mode": False, "prog_name": "intarsia"}
+        sys.exit(terminal.run(lambda: super(Verbs, self).main(words, **extra), as_json="--json" in words))
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb; an interruption says what is saved."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            if ctx.invoked_subcommand in _RESUMABLE:
+                saved = f"what was measured is kept in {terminal.cache_folder()}; the same command goes on from there"
+            else:
+                saved = "nothing was written under the final name; the same command starts over"
+            raise terminal.Interrupted(saved) from None
+        except BrokenPipeError as error:
+            raise terminal.ReaderLeft from error
+
+
+app = typer.Typer(
+    cls=Verbs,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Search sparsity, steps and precision of video diffusion transformers jointly; ship a verified engine.",
+)
+
+
+class Effort(StrEnum):
+    """How much is measured."""
+
+    QUICK = "quick"
+    DEFAULT = "default"
+    FULL = "full"
+
+
+class Minimize(StrEnum):
+    """What the search makes small."""
+
+    BOTH = "both"
+    SECONDS = "seconds"
+    BYTES = "bytes"
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    MODELS = "models"
+    TARGETS = "targets"
+    PASSES = "passes"
+    KERNELS = "kernels"
+    BACKENDS = "backends"
+
+
+Model = Annotated[str, typer.Argument(help="A registered model (see: intarsia list models) or a .graph file.")]
+Folder = Annotated[Path, typer.Argument(help="A bundle folder, as export and optimize write it.")]
+TargetName = Annotated[str, typer.Option("--target", help="Machine: a shipped target or a .toml file.")]
+AnyTarget = Annotated[str | None, typer.Option("--target", help="Machine: a shipped target or a .toml file.")]
+BackendName = Annotated[str, typer.Option("--backend", help="What the engine is built with.")]
+Goal = Annotated[str, typer.Option("--quality", help='Goal such as "psnr>=35" or "psnr>=35,motion_psnr>=30".')]
+Passes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pass", help="name(key=value) or ./file.py:Class(key=value); repeatable. [default: quantize-linear]"
+    ),
+]
+MinimizeOption = Annotated[Minimize, typer.Option("--minimize", help="What to make small.")]
+EffortOption = Annotated[Effort, typer.Option("--effort", help="How much is measured.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
+Budget = Annotated[str | None, typer.Option("--budget", help="Time for the search, such as 90s, 20m or 1h30m.")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="Safetensors: a file or a folder of them.")]
+Sizes = Annotated[list[str] | None, typer.Option("--size", help="A named size, such as batch=2; repeatable.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure anew, whatever the journal holds.")]
+FailOnNoGain = Annotated[bool, typer.Option("--fail-on-no-gain", help="Exit with code 5 if nothing was gained.")]
+PlanFile = Annotated[Path, typer.Option("--plan", help="A plan, as search writes it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="TOML or JSON with these options as keys; the command line comes first.",
+        callback=configuration.from_file,
+        is_eager=True,
+    ),
+]
+OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")]
+
+
+@app.callback(invoke_without_command=True)
+def intarsia(
+    ctx: typer.Context, show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    """Search sparsity, steps and precision of video diffusion transformers jointly; ship a verified engine."""
+    if show_version:
+        typer.echo(f"intarsia {version('intarsia')}")
+        raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+@app.command()
+def doctor(json: AsJson = False) -> int:
+    """Say what this machine has, what is missing, and what that costs."""
+    from intarsia.doctor import diagnose, lines
+    from intarsia.units import size
+
+    with terminal.progress():
+        diagnosis = diagnose()
+    _show(diagnosis.to_json(), lines(diagnosis, size=size), json=json)
+    return 0 if diagnosis.working else terminal.ENVIRONMENT
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[Kind | None, typer.Argument(help="What to list; everything if left out.")] = None,
+    json: AsJson = False,
+) -> None:
+    """List models, targets, passes, kernels and backends."""
+    from dataclasses import asdict
+
+    from intarsia.listing import KINDS, entries
+
+    found = {name: entries(name) for name in ([kind.value] if kind else KINDS)}
+    data = {name: [asdict(entry) for entry in these] for name, these in found.items()}
+    tables = [
+        _table(name, ("name", "what it is", "from"), [(entry.name, entry.summary, entry.origin) for entry in these])
+        for name, these in found.items()
+    ]
+    _show(data[kind.value] if kind else data, tables, json=json)
+
+
+@app.command()
+def trace(
+    model: Model,
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .graph file; weights go beside it.")],
+    meta: Annotated[bool, typer.Option("--meta", help="Shapes only: no memory for weights, none written.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="As PyTorch traced it, without the clean-up passes.")] = False,
+    weights: Weights = None,
+    config: Config = None,
+    json: AsJson = False,
+) -> None:
+    """Trace a model into a graph that a person can read."""
+    beside = output.with_suffix(".safetensors")
+    if output.suffix != ".graph":
+        raise UsageError(f"-o {output}: a graph's file is called NAME.graph")
+    if meta and beside.exists():
+        raise UsageError(f"{beside} would be taken for the graph's weights, and --meta writes none; choose another -o")
+    terminal.check_output_file(output)
+    from intarsia import flow
+    from intarsia.ir.program import save_weights
+
+    with terminal.progress():
+        program = flow.trace(model, meta=meta, raw=raw, weights=weights)
+        with terminal.replacing(output) as graph_file:
+            graph_file.write_text(str(program.graph))
+            if not program.is_meta:
+                with terminal.replacing(beside) as weight_file:
+                    save_weights(program.weights, weight_file)
+    graph = program.graph
+    parameters = sum(program.weights[value.name].numel() for value in graph.params)
+    facts = {
+        "output": str(output),
+        "weights": None if program.is_meta else str(beside),
+        "fingerprint": graph.fingerprint,
+        "nodes": len(graph.nodes),
+        "parameters": parameters,
+    }
+    _show(facts, _facts(facts), json=json)
+
+
+@app.command()
+def inspect(
+    subject: Annotated[str, typer.Argument(help="A model, a .graph file, a bundle folder or a plan.", metavar="WHAT")],
+    *,
+    target: AnyTarget = None,
+    size: Sizes = None,
+    config: Config = None,
+    json: AsJson = False,
+) -> None:
+    """Count what a graph computes and moves, and predict how long a machine takes for it."""
+    from intarsia import flow
+
+    with terminal.progress():
+        facts = flow.inspect(subject, target=target, sizes=configuration.sizes(size or ()))
+    _show(facts, _facts(facts), json=json)
+
+
+@app.command()
+def search(
+    ctx: typer.Context,
+    model: Model,
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan, a .json file.")],
+    target: TargetName,
+    quality: Goal,
+    passes: Passes = None,
+    minimize: MinimizeOption = Minimize.BOTH,
+    effort: EffortOption = Effort.DEFAULT,
+    seed: Seed = 0,
+    budget: Budget = None,
+    weights: Weights = None,
+    fresh: Fresh = False,
+    fail_on_no_gain: FailOnNoGain = False,
+    config: Config = None,
+    json: AsJson = False,
+) -> None:
+    """Search what fits each layer, under a quality goal; write the answer as a plan."""
+    seconds = configuration.seconds(budget)
+    terminal.check_output_file(output)
+    from intarsia import flow
+
+    with terminal.progress() as progress:
+        result = flow.search(
+            model,
+            target=target,
+            quality=quality,
+            passes=tuple(passes or flow.PASSES),
+            minimize=minimize.value,
+            effort=effort.value,
+            seed=seed,
+            weights=weights,
+            fresh=fresh,
+            budget=seconds,
+            fail_on_no_gain=fail_on_no_gain,
+            progress=progress,
+        )
+        with terminal.replacing(output) as file:
+            file.write_text(result.plan.to_json())
+    facts = {"output": str(output), **result.to_json()}
+    _show(facts, _facts(facts), json=json)
+    terminal.say(f"reproduce: {configuration.command(ctx, output=output)}")
+
+
+@app.command()
+def explain(
+    model: Model,
+    *,
+    plan: PlanFile,
+    place: Annotated[str | None, typer.Option("--place", help="One place only, such as blocks.0.attn1.to_q.")] = None,
+    target: AnyTarget = None,
+    config: Config = None,
+    json: AsJson = False,
+) -> None:
+    """Say for each place what could be chosen, what was, and why."""
+    from intarsia import flow
+    from intarsia.ir.plan import Plan
+
+    with terminal.progress():
+        explanation = flow.explain(model, Plan.load(plan), target=target)
+    _show(explanation.to_json(), _facts(explanation.to_json()), json=json)
+
+
+@app.command()
+def export(
+    ctx: typer.Context,
+    model: Model,
+    *,
+    output: OutputFolder,
+    plan: PlanFile,
+    target: TargetName,
+    backend: BackendName = "onnx",
+    quality: Annotated[str | None, typer.Option("--quality", help="Goal that the engine must meet.")] = None,
+    seed: Seed = 0,
+    weights: Weights = None,
+    config: Config = None,
+    json: AsJson = False,
+) -> None:
+    """Apply a plan and build the engine: a bundle that can be verified and run."""
+    terminal.check_output_bundle(output)
+    from intarsia import flow
+    from intarsia.ir.plan import Plan
+
+    with terminal.progress() as progress:
+        bundle = flow.export(
+            model,
+            Plan.load(plan),
+            backend=backend,
+            target=target,
+            output=output,
+            weights=weights,
+            quality=quality,
+            seed=seed,
+            config=configuration.resolved(ctx),
+            command=configuration.command(ctx, output=Path("out")),
+            progress=progress,
+        )
+    _show_bundle(bundle, json=json)
+    terminal.say(f"reproduce: {configuration.command(ctx, output=output)}")
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    full: Annotated[bool, typer.Option("--full", help="Also measure the quality that the bundle claims.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Check every file and every claim of a bundle."""
+    from intarsia import flow
+
+    with terminal.progress() as progress:
+        report = flow.verify(folder, full=full, progress=progress)
+    lines = [f"{'passed' if check.passed else 'FAILED'}  {check.name}  {check.detail}" for check in report.checks]
+    _show(report.to_json(), lines, json=json)
+
+
+@app.command()
+def run(
+    ctx: typer.Context,
+    folder: Folder,
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the videos and a contact sheet.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to show; repeatable.")] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Videos of each prompt.")] = 1,
+    seed: Seed = 0,
+    config: Config = None,
+    json: AsJson = False,
+) -> None:
+    """Make videos with a bundle's engine."""
+    terminal.check_output_folder(output)
+    from intarsia import flow
+
+    with terminal.progress() as progress:
+        paths = flow.run(folder, prompts=tuple(prompt or ()), seed=seed, count=count, output=output, progress=progress)
+    files = [str(path) for path in paths]
+    _show({"files": files}, files, json=json)
+    terminal.say(f"reproduce: {configuration.command(ctx, output=output)}")
+
+
+@app.command()
+def bench(
+    ctx: typer.Context,
+    subject: Annotated[str, typer.Argument(help="A bundle folder, or a model to run eagerly.", metavar="WHAT")],
+    *,
+    repeats: Annotated[int, typer.Option("--repeats", min=3, help="Timed runs.")] = 20,
+    seed: Seed = 0,
+    config: Config = None,
+    json: AsJson = False,
+) -> None:
+    """Time an engine on this machine: median and spread."""
+    from intarsia import flow
+
+    with terminal.progress() as progress:
+        facts = flow.bench(subject, repeats=repeats, seed=seed, progress=progress)
+    _show(facts, _facts(facts), json=json)
+    terminal.say(f"reproduce: {configuration.command(ctx)}")
+
+
+@app.command()
+def report(
+    folder: Folder,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="An .html file.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Write one HTML page that tells what was decided and what came of it."""
+    from intarsia.report import write_report
+
+    path = output or Path(f"{folder.resolve().name}.html")
+    terminal.check_output_file(path)
+    written = write_report(folder, path)
+    _show({"output": str(written)}, [str(written)], json=json)
+
+
+@app.command()
+def optimize(
+    ctx: typer.Context,
+    model: Model,
+    *,
+    output: OutputFolder,
+    target: TargetName,
+    quality: Goal,
+    backend: BackendName = "onnx",
+    passes: Passes = None,
+    minimize: MinimizeOption = Minimize.BOTH,
+    effort: EffortOption = Effort.DEFAULT,
+    seed: Seed = 0,
+    budget: Budget = None,
+    weights: Weights = None,
+    fresh: Fresh = False,
+    fail_on_no_gain: FailOnNoGain = False,
+    config: Config = None,
+    json: AsJson = False,
+) -> None:
+    """Search, export, verify and report in one go."""
+    seconds = configuration.seconds(budget)
+    terminal.check_output_bundle(output)
+    from intarsia import flow
+
+    with terminal.progress() as progress:
+        bundle = flow.optimize(
+            model,
+            target=target,
+            quality=quality,
+            backend=backend,
+            output=output,
+            passes=tuple(passes or flow.PASSES),
+            minimize=minimize.value,
+            effort=effort.value,
+            seed=seed,
+            weights=weights,
+            fresh=fresh,
+            budget=seconds,
+            fail_on_no_gain=fail_on_no_gain,
+            config=configuration.resolved(ctx),
+            command=configuration.command(ctx, output=Path("out")),
+            progress=progress,
+        )
+    _show_bundle(bundle, json=json)
+    terminal.say(f"reproduce: {configuration.command(ctx, output=output)}")
+
+
+def _show(data: object, lines: Sequence[str | Table], *, json: bool) -> None:
+    """The result on stdout: ``data`` as the one JSON document, or ``lines`` for a person."""
+    if json:
+        terminal.print_json(data)
+        return
+    console = terminal.console()
+    for line in lines:
+        console.print(line, soft_wrap=isinstance(line, str))
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _facts(facts: Mapping[str, object], *, indent: str = "") -> list[str]:
+    """Keys and values for a person, nested ones indented."""
+    lines: list[str] = []
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{key}", *_facts(value, indent=indent + "  ")]
+        elif isinstance(value, float):
+            lines.append(f"{indent}{key}: {value:.4g}")
+        else:
+            lines.append(f"{indent}{key}: {value}")
+    return lines
+
+
+def _show_bundle(bundle: Any, *, json: bool) -> None:
+    _show(dict(bundle.manifest), _facts(bundle.manifest), json=json)
+
+
+def main() -> None:
+    """The entry point of the command ``intarsia``."""
+    app()
