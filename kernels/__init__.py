@@ -1,5 +1,49 @@
-"""Operators of our own."""
+"""Operators of our own, by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.metadata import entry_points
+from typing import cast
+
+from intarsia.ir.graph import Graph, Node
+from intarsia.ir.target import Target
+from intarsia.kernels.base import Operator, Work
+
+OPERATORS: dict[str, str] = {
+    "intarsia.quantize_rows": "intarsia.kernels.linear_i8.op",
+    "intarsia.linear_i8": "intarsia.kernels.linear_i8.op",
+    "intarsia.quantize_groups": "intarsia.kernels.linear_i4.op",
+    "intarsia.linear_i4": "intarsia.kernels.linear_i4.op",
+}
+"""Operators that come with Intarsia, by name; others join by entry points of the group ``intarsia.kernels``."""
+
+GROUP = "intarsia.kernels"
 
 
 def register() -> None:
-    """Register our operators with PyTorch."""
+    """Register all operators, ours and those of entry points, with PyTorch; once, however often it is called."""
+    operators()
+
+
+@lru_cache(maxsize=1)
+def operators() -> Mapping[str, Operator]:
+    """The contract of every operator by the operator's name, ours first."""
+    found = {name: cast(Operator, importlib.import_module(path)) for name, path in OPERATORS.items()}
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        found.setdefault(point.name, point.load())
+    return found
+
+
+def why_not(node: Node, graph: Graph, target: Target) -> str | None:
+    """Why the call cannot stand in ``graph`` for ``target``; None if it can, or if the operator is not ours."""
+    contract = operators().get(node.op)
+    return None if contract is None else contract.why_not(node, graph, target)
+
+
+def work(node: Node, graph: Graph, sizes: Mapping[str, int]) -> Work | None:
+    """What the call ``node`` does for these sizes; None if the operator is not ours."""
+    contract = operators().get(node.op)
+    return None if contract is None else contract.work(node, graph, sizes)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from intarsia.ir.graph import Graph, Node
+from intarsia.ir.graph import Graph, Node, Value
 from intarsia.ir.target import Target
+from intarsia.ir.types import TensorType
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,23 @@ class Work:
 
 
 class Operator(Protocol):
-    """The module ``kernels/<operator>/op.py``: contract of one operator."""
+    """The module ``kernels/<operator>/op.py``: contract of an operator and of the one that makes its weights."""
 
-    OP: str
+    OPS: tuple[str, ...]
+    """Names of the operators that the module registers when it is imported."""
 
     def why_not(self, node: Node, graph: Graph, target: Target) -> str | None:
-        """Why the operator cannot stand where ``node`` is, or None if it can."""
+        """Why the call ``node``, whose inputs ``graph`` defines, cannot run on ``target``; None if it can."""
 
     def work(self, node: Node, graph: Graph, sizes: Mapping[str, int]) -> Work:
         """What the call does for these sizes."""
+
+
+def moved_bytes(node: Node, graph: Graph, sizes: Mapping[str, int]) -> int:
+    """Bytes of the tensors that the call reads and writes, each counted once."""
+    read = [graph.values[name] for name in dict.fromkeys(node.inputs)]
+    return sum(_bytes(value, sizes) for value in (*read, *node.outputs))
+
+
+def _bytes(value: Value, sizes: Mapping[str, int]) -> int:
+    return value.type.bytes(sizes) if isinstance(value.type, TensorType) else 0

@@ -16,7 +16,16 @@ from intarsia.ir.plan import Choices, Chosen
 from intarsia.ir.spec import Spec, construct, spec_of
 from intarsia.ir.target import Target
 
-PASSES: dict[str, str] = {}
+PASSES: dict[str, str] = {
+    "clean": "intarsia.passes.clean:Clean",
+    "drop-noops": "intarsia.passes.drop_noops:DropNoops",
+    "drop-unused": "intarsia.passes.drop_unused:DropUnused",
+    "fold-sizes": "intarsia.passes.fold_sizes:FoldSizes",
+    "merge-duplicates": "intarsia.passes.merge_duplicates:MergeDuplicates",
+    "merge-rope": "intarsia.passes.merge_rope:MergeRope",
+    "merge-views": "intarsia.passes.merge_views:MergeViews",
+    "quantize-linear": "intarsia.passes.quantize_linear:QuantizeLinear",
+}
 """Passes that come with Intarsia, by name; others join by entry points of the group ``intarsia.passes``."""
 
 GROUP = "intarsia.passes"

@@ -1,0 +1,76 @@
+"""Contract of ``intarsia.linear_i4`` and of ``intarsia.quantize_groups``, which makes its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from intarsia.ir.graph import Graph, Node
+from intarsia.ir.target import Target
+from intarsia.kernels import limits
+from intarsia.kernels.base import Work, moved_bytes
+from intarsia.kernels.linear_i4 import reference
+
+OPS = ("intarsia.quantize_groups", "intarsia.linear_i4")
+
+GROUPS = (16, 32, 64, 128, 256)
+"""Columns that may share a scale: the ``block_size`` of ONNX Runtime's MatMulNBits."""
+
+
+@torch.library.custom_op("intarsia::quantize_groups", mutates_args=())
+def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Weight (R, C) as packed u8 (R, C/2) and f32 scale (R, C/group)."""
+    return reference.quantize_groups(weight, group)
+
+
+@quantize_groups.register_fake
+def _(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    torch._check(weight.ndim == 2, lambda: f"quantize_groups: weight is (R, C), found {weight.ndim} axes")
+    rows, columns = weight.shape
+    torch._check(columns % group == 0, lambda: f"quantize_groups: {columns} columns are no multiple of group {group}")
+    packed = weight.new_empty((rows, columns // 2), dtype=torch.uint8)
+    return packed, weight.new_empty((rows, columns // group), dtype=torch.float32)
+
+
+@torch.library.custom_op("intarsia::linear_i4", mutates_args=())
+def linear_i4(input: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    """Input (..., C), packed u8 (R, C/2), scale f32 (R, C/group), bias (R): (..., R) in input's dtype."""
+    return reference.linear_i4(input, packed, scale, bias, group)
+
+
+@linear_i4.register_fake
+def _(input: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    torch._check(packed.dtype == torch.uint8, lambda: f"linear_i4: packed is uint8, found {packed.dtype}")
+    torch._check(input.shape[-1] == columns, lambda: f"linear_i4: input ends in {columns}, found {input.shape[-1]}")
+    expected = (rows, columns // group)
+    torch._check(scale.shape == expected, lambda: f"linear_i4: scale is {expected}, found {tuple(scale.shape)}")
+    torch._check(bias is None or bias.shape == (rows,), lambda: f"linear_i4: bias is ({rows},)")
+    return input.new_empty((*input.shape[:-1], rows))
+
+
+def why_not(node: Node, graph: Graph, target: Target) -> str | None:
+    """Why the call cannot stand here, or None; alike on every target, since products are in the input's type."""
+    if node.op == "intarsia.linear_i4":
+        return limits.floating(node, "input", graph)
+    if reason := limits.weight(node, "weight", graph):
+        return reason
+    group, columns = node.args["group"], graph.type(node.ref("weight")).shape[1]
+    assert isinstance(group, int)
+    assert isinstance(columns, int)
+    if group not in GROUPS:
+        return f"group is {group}; {node.op} takes {', '.join(map(str, GROUPS))}"
+    if columns % group:
+        return f"{columns} columns are no multiple of group {group}"
+    return None
+
+
+def work(node: Node, graph: Graph, sizes: Mapping[str, int]) -> Work:
+    """The product in the input's element type, the weight read in four bits; quantizing is no product."""
+    if node.op == "intarsia.quantize_groups":
+        return Work(0.0, "f32", moved_bytes(node, graph, sizes))
+    packed = graph.type(node.ref("packed")).shape[1]
+    assert isinstance(packed, int)
+    return Work(4.0 * node.type.elements(sizes) * packed, node.type.dtype, moved_bytes(node, graph, sizes))

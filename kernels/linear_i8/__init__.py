@@ -1,0 +1,1 @@
+"""A linear layer whose weight is stored in eight bits."""

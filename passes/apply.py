@@ -1,0 +1,33 @@
+"""Replay a plan: its passes with their answers, one after the other."""
+
+from __future__ import annotations
+
+from intarsia.ir.errors import PlanError
+from intarsia.ir.graph import Graph
+from intarsia.ir.plan import Plan
+from intarsia.ir.target import Target
+from intarsia.ir.verify import verify
+from intarsia.passes.base import check_chosen, find_pass
+
+
+def apply(plan: Plan, graph: Graph, target: Target, *, phase: int = 0) -> Graph:
+    """The graph that ``plan`` makes of ``graph`` for one phase of the denoising loop.
+
+    Raises:
+        PlanError: The plan was made for another graph, has no such phase, or asks for what a pass does not offer.
+        UsageError, SpecError: A pass of the plan is unknown.
+        InvalidGraph: A pass broke the graph; the message names the node.
+    """
+    if plan.graph != graph.fingerprint:
+        raise PlanError(
+            f"graph {graph.name}: its fingerprint is {graph.fingerprint}, the plan was made for {plan.graph}; "
+            "search again, or give the graph that the plan was made for"
+        )
+    if not 0 <= phase < len(plan.phases):
+        raise PlanError(f"phase {phase}: the plan has phases 0 to {len(plan.phases) - 1}")
+    for step in plan.phases[phase].steps:
+        made = find_pass(step.run)
+        check_chosen(made, made.choices(graph, target), step.chosen)
+        graph = made.run(graph, target, step.chosen)
+        verify(graph)
+    return graph
