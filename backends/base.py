@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from intarsia.ir import registry
+from intarsia.ir.errors import Unsupported
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.program import Program
 from intarsia.ir.target import Target
@@ -78,3 +79,20 @@ def find_backend(name: str) -> Backend:
     backend = registry.find(name, BACKENDS, group=GROUP, kind="backend")()
     assert isinstance(backend, Backend)
     return backend
+
+
+def require_support(backend: Backend, graph: Graph, target: Target) -> None:
+    """Raise Unsupported with every operator that ``backend`` cannot take: how often, where first, and why."""
+    refused: dict[tuple[str, str], list[Node]] = {}
+    for node in graph.nodes:
+        if reason := backend.why_not(node, graph, target):
+            refused.setdefault((node.op, reason), []).append(node)
+    if refused:
+        reasons = [_refusal(op, nodes, reason) for (op, reason), nodes in sorted(refused.items())]
+        raise Unsupported(f"backend {backend.name} cannot take {graph.name}:", reasons)
+
+
+def _refusal(op: str, nodes: Sequence[Node], reason: str) -> str:
+    source = f" ({nodes[0].source})" if nodes[0].source else ""
+    calls = "1 call" if len(nodes) == 1 else f"{len(nodes)} calls"
+    return f"{op}: {calls}, first %{nodes[0].name}{source}: {reason}"
