@@ -12,7 +12,7 @@ from intarsia.ir.rewrite import rename_uses
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
 from intarsia.passes.base import Pass
-from intarsia.passes.contiguous import contiguous
+from intarsia.passes.layout import Layouts, is_contiguous, layouts
 
 ALIASES = frozenset({"aten.alias", "aten.detach", "aten.lift_fresh"})
 """Always their input: they matter to gradients and to changes in place, and a graph has neither."""
@@ -35,12 +35,13 @@ SHAPES = frozenset(
 )
 """Their input when the type stays: the same elements under the same extents."""
 
-COPIES = frozenset({"aten._to_copy", "aten.clone", "aten.contiguous"})
-"""Their input when the type stays and it lies row by row already; else they may move it, and kernels may round anew."""
+COPIES = frozenset({"aten._to_copy", "aten.clone"})
+"""Their input when the type stays and nothing moves; where something may, kernels may round differently after it."""
 
 DROPOUTS = frozenset({"aten.alpha_dropout", "aten.dropout", "aten.feature_dropout"})
 
-_UNMOVED = (None, Symbol("torch.preserve_format"), Symbol("torch.contiguous_format"))
+_PRESERVING = (None, Symbol("torch.preserve_format"))
+_ROWS = Symbol("torch.contiguous_format")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class DropNoops(Pass):
 
     def run(self, graph: Graph, target: Target, chosen: Chosen) -> Graph:
         """The graph without no-ops; users and outputs name what the no-op was given."""
-        known = contiguous(graph)
+        known = layouts(graph)
         given = {node.name: source for node in graph.nodes if (source := _same(node, graph, known)) is not None}
         if not given:
             return graph
@@ -67,7 +68,7 @@ class DropNoops(Pass):
         return rename_uses(replace(graph, nodes=kept), given)
 
 
-def _same(node: Node, graph: Graph, known: frozenset[str]) -> str | None:
+def _same(node: Node, graph: Graph, known: Layouts) -> str | None:
     """The name of the value that the call gives back unchanged, or None if it does more."""
     source = node.args.get("self", node.args.get("input"))
     if not isinstance(source, Ref) or node.outputs[0].type != graph.values[source.name].type:
@@ -78,41 +79,48 @@ def _same(node: Node, graph: Graph, known: frozenset[str]) -> str | None:
     return source.name if rule is not None and rule(node, source.name, known) else None
 
 
-def _always(node: Node, source: str, known: frozenset[str]) -> bool:
+def _always(node: Node, source: str, known: Layouts) -> bool:
     return True
 
 
-def _casts(node: Node, source: str, known: frozenset[str]) -> bool:
-    return not node.args.get("copy", False) and node.args.get("memory_format") in _UNMOVED[:2]
+def _casts(node: Node, source: str, known: Layouts) -> bool:
+    return not node.args.get("copy", False) and node.args.get("memory_format") in _PRESERVING
 
 
-def _copies(node: Node, source: str, known: frozenset[str]) -> bool:
-    return source in known and node.args.get("memory_format") in _UNMOVED
+def _copies(node: Node, source: str, known: Layouts) -> bool:
+    if node.args.get("memory_format") in _PRESERVING:
+        return source in known
+    return node.args["memory_format"] == _ROWS and is_contiguous(source, known)
 
 
-def _drops_nothing(node: Node, source: str, known: frozenset[str]) -> bool:
+def _lies_in_rows(node: Node, source: str, known: Layouts) -> bool:
+    return node.args.get("memory_format") in (None, _ROWS) and is_contiguous(source, known)
+
+
+def _drops_nothing(node: Node, source: str, known: Layouts) -> bool:
     return node.args.get("train") is False or node.args.get("p") == 0
 
 
-def _slices_all(node: Node, source: str, known: frozenset[str]) -> bool:
+def _slices_all(node: Node, source: str, known: Layouts) -> bool:
     """With steps of one, a slice as long as what it slices is all of it."""
     return node.args.get("step", 1) == 1
 
 
-def _permutes_nothing(node: Node, source: str, known: frozenset[str]) -> bool:
+def _permutes_nothing(node: Node, source: str, known: Layouts) -> bool:
     return node.args["dims"] == tuple(range(len(node.type.shape)))
 
 
-def _transposes_nothing(node: Node, source: str, known: frozenset[str]) -> bool:
+def _transposes_nothing(node: Node, source: str, known: Layouts) -> bool:
     return node.args["dim0"] == node.args["dim1"]
 
 
-_RULES: Mapping[str, Callable[[Node, str, frozenset[str]], bool]] = {
+_RULES: Mapping[str, Callable[[Node, str, Layouts], bool]] = {
     **dict.fromkeys(ALIASES, _always),
     **dict.fromkeys(SHAPES, _always),
     **dict.fromkeys(CASTS, _casts),
     **dict.fromkeys(COPIES, _copies),
     **dict.fromkeys(DROPOUTS, _drops_nothing),
+    "aten.contiguous": _lies_in_rows,
     "aten.permute": _permutes_nothing,
     "aten.slice.Tensor": _slices_all,
     "aten.transpose.int": _transposes_nothing,

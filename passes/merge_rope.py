@@ -13,7 +13,7 @@ from intarsia.ir.sizes import Dim
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
 from intarsia.passes.base import Pass
-from intarsia.passes.contiguous import contiguous
+from intarsia.passes.layout import is_contiguous, layouts
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class MergeRope(Pass):
 
     def run(self, graph: Graph, target: Target, chosen: Chosen) -> Graph:
         """The graph with every covering chain as a stack; what the chain wrote into may be left unused."""
-        known = contiguous(graph)
+        known = layouts(graph)
 
         def rule(node: Node) -> Sequence[Node] | None:
-            if node.op != "aten.slice_scatter" or _base(node, graph) not in known:
+            if node.op != "aten.slice_scatter" or not is_contiguous(_base(node, graph), known):
                 return None
             sources = _sources(node, graph)
             return None if sources is None else _stacked(node, sources, graph)

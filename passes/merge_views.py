@@ -1,4 +1,4 @@
-"""Turn a view of a view into one view."""
+"""Turn a view of a view into one view, and a view of a copy into a reshape."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from intarsia.ir.graph import Graph, Node, Ref
+from intarsia.ir.graph import Graph, Node, Ref, Symbol
 from intarsia.ir.plan import Chosen
 from intarsia.ir.rewrite import rewrite
 from intarsia.ir.target import Target
 from intarsia.passes.base import Pass
+from intarsia.passes.layout import Layouts, layouts, reshape_gives_rows
 
 OUTER = frozenset({"aten.view", "aten._unsafe_view"})
 """Views that spell their extents out, and so can look straight at what lies beneath."""
@@ -21,19 +22,29 @@ INNER = OUTER | {"aten.unflatten.int", "aten.unsqueeze", "aten.squeeze.dim"}
 
 @dataclass(frozen=True)
 class MergeViews(Pass):
-    """Let a view of a view look at the first one's input.
+    """Let a view of a view look at the first one's input, and spell a copy that is made for a view as a reshape.
 
         %a: f32[2, 4, 6] = aten.view(self=%x, size=[2, 4, 6])
-        %b: f32[8, 6] = aten.view(self=%a, size=[8, 6])        ->  %b: f32[8, 6] = aten.view(self=%x, size=[8, 6])
+        %b: f32[8, 6] = aten.view(self=%a, size=[8, 6])
+        %p: f32[6, 8] = aten.permute(self=%b, dims=[1, 0])
+        %c: f32[6, 8] = aten.clone(self=%p, memory_format=torch.contiguous_format)
+        %d: f32[48] = aten.view(self=%c, size=[48])
 
-    The inner view stays where something else uses it. Whatever both views can express, one can: each regroups
-    neighbouring axes, and regrouping twice is regrouping.
+    becomes, ``%x`` lying row by row,
+
+        %b: f32[8, 6] = aten.view(self=%x, size=[8, 6])
+        %p: f32[6, 8] = aten.permute(self=%b, dims=[1, 0])
+        %d: f32[48] = aten.reshape(self=%p, shape=[48])
+
+    What else uses the inner call keeps it. Whatever two views express, one can: each regroups neighbouring axes, and
+    regrouping twice is regrouping. A reshape stands for a copy only where it certainly lies as the copy would.
     """
 
     name: ClassVar[str] = "merge-views"
 
     def run(self, graph: Graph, target: Target, chosen: Chosen) -> Graph:
-        """The graph with every view on the lowest value that it is a view of; the inner views may be left unused."""
+        """The graph with every view on the lowest value that it is a view of; the inner calls may be left unused."""
+        known = layouts(graph)
         beneath: dict[str, Ref] = {}
 
         def rule(node: Node) -> Sequence[Node] | None:
@@ -41,8 +52,23 @@ class MergeViews(Pass):
             if node.op not in INNER or not isinstance(source, Ref):
                 return None
             lowest = beneath.setdefault(node.name, beneath.get(source.name, source))
-            if node.op not in OUTER or lowest == source:
+            if node.op not in OUTER:
                 return None
-            return [replace(node, args={**node.args, "self": lowest})]
+            copied = _copied(lowest.name, node, graph, known)
+            if copied is not None:
+                return [replace(node, op="aten.reshape", args={"self": copied, "shape": node.args["size"]})]
+            return None if lowest == source else [replace(node, args={**node.args, "self": lowest})]
 
         return rewrite(graph, rule)
+
+
+def _copied(name: str, view: Node, graph: Graph, known: Layouts) -> Ref | None:
+    """What the value called ``name`` is a row-by-row copy of, if a reshape of that certainly lies as ``view`` does."""
+    copy = graph.producers.get(name)
+    if copy is None or copy.op != "aten.clone" or copy.args.get("memory_format") != Symbol("torch.contiguous_format"):
+        return None
+    source = Ref(copy.ref("self"))
+    orders = known.get(source.name)
+    if orders is None or not reshape_gives_rows(orders, graph.type(source.name).shape, view.type.shape):
+        return None
+    return source

@@ -62,8 +62,9 @@ def pack(codes: Tensor) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """Codes int8 (R, C) in -8..7 from ``packed`` u8 (R, C/2)."""
-    nibbles: Tensor = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1).to(torch.int8)
-    return (nibbles ^ 8).sub(8)
+    nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1)
+    signed: Tensor = (nibbles.to(torch.int8) ^ 8) - 8
+    return signed
 
 
 def dequantize_groups(packed: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
