@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from types import MappingProxyType
 
+from torch import Tensor
+
 from intarsia import kernels
 from intarsia.ir.graph import Arg, Graph, Node, Ref
 from intarsia.ir.operators import schema
 from intarsia.ir.program import split_constant
-from intarsia.ir.sizes import evaluate
+from intarsia.ir.sizes import evaluate, names
 from intarsia.ir.types import TensorType
 from intarsia.kernels.base import Work, moved_bytes
 
@@ -152,6 +154,18 @@ def weight_bytes(graph: Graph, sizes: Mapping[str, int] | None = None) -> int:
     return sum(v.type.bytes(sizes) for v in held if v.name in needed and isinstance(v.type, TensorType))
 
 
+def sizes_of(graph: Graph, inputs: Sequence[Tensor]) -> dict[str, int]:
+    """The named sizes that these inputs, in the graph's order, have; an expression is solved for its only name."""
+    sizes: dict[str, int] = {}
+    for value, tensor in zip(graph.inputs, inputs, strict=True):
+        assert isinstance(value.type, TensorType)
+        for dim, extent in zip(value.type.shape, tensor.shape, strict=True):
+            for name in names(dim) if len(names(dim)) == 1 else ():
+                fitting = (size for size in range(extent + 1) if evaluate(dim, {name: size}) == extent)
+                sizes.setdefault(name, next(fitting, extent))
+    return sizes
+
+
 def node_work(node: Node, graph: Graph, sizes: Mapping[str, int]) -> Work | None:
     """What one call does for these sizes; None for an operator that is neither PyTorch's nor ours.
 
@@ -212,12 +226,12 @@ def _attention_flops(node: Node, graph: Graph, sizes: Mapping[str, int]) -> floa
 
 def _einsum_flops(node: Node, graph: Graph, sizes: Mapping[str, int]) -> float:
     """Two operations for every combination of index values; exact for two factors without ellipsis."""
-    names = [ref.name for ref in _refs(node.args["tensors"])]
-    if len(names) < 2:
+    factors = [ref.name for ref in _refs(node.args["tensors"])]
+    if len(factors) < 2:
         return 0.0
     inputs = str(node.args["equation"]).replace(" ", "").split("->")[0].split(",")
     extents: dict[str, int] = {}
-    for letters, name in zip(inputs, names, strict=True):
+    for letters, name in zip(inputs, factors, strict=True):
         extents.update(zip(reversed(letters.replace("...", "")), reversed(_shape(graph, name, sizes)), strict=False))
     return 2.0 * prod(extents.values())
 

@@ -1,0 +1,94 @@
+"""Where passes leave a decision open, and what the graph is and costs for each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from intarsia.ir.errors import UsageError
+from intarsia.ir.graph import Graph
+from intarsia.ir.plan import Chosen
+from intarsia.ir.target import Target
+from intarsia.ir.verify import verify
+from intarsia.passes.base import Pass
+
+from .roofline import Prediction, predict
+
+MINIMIZE = ("both", "seconds", "bytes")
+"""What a search makes small: time of one call, memory of the weights, or the sum of both as shares of the baseline."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One decision: at ``name``, by pass number ``step``, one of ``options``, the first of which changes nothing."""
+
+    step: int
+    name: str
+    options: tuple[str, ...]
+
+
+Answers = Mapping[int, Chosen]
+"""The options chosen for each pass, by the pass's number; what is left out takes its first option."""
+
+
+def open_places(passes: Sequence[Pass], graph: Graph, target: Target) -> tuple[Place, ...]:
+    """All open decisions, each pass asked about the graph that the passes before it make by their first options."""
+    found: list[Place] = []
+    for step, pass_ in enumerate(passes):
+        found += [Place(step, name, options) for name, options in pass_.choices(graph, target).items()]
+        graph = pass_.run(graph, target, {})
+    return tuple(found)
+
+
+def refused_places(passes: Sequence[Pass], graph: Graph, target: Target) -> Iterator[tuple[int, str, str]]:
+    """Where a pass looked and offers nothing: the pass's number, the place and the reason."""
+    for step, pass_ in enumerate(passes):
+        for name, reason in pass_.refusals(graph, target).items():
+            yield step, name, reason
+        graph = pass_.run(graph, target, {})
+
+
+def run_passes(passes: Sequence[Pass], graph: Graph, target: Target, answers: Answers) -> Graph:
+    """The graph after all passes; InvalidGraph names the pass that broke it."""
+    for step, pass_ in enumerate(passes):
+        changed = pass_.run(graph, target, answers.get(step, {}))
+        if changed is not graph:
+            verify(changed)
+        graph = changed
+    return graph
+
+
+def answer(places: Sequence[Place], selection: Sequence[int]) -> Answers:
+    """The selection, a number of an option for each place, as passes and plans take it; first options are left out."""
+    answers: dict[int, dict[str, str]] = {}
+    for place, number in zip(places, selection, strict=True):
+        if number:
+            answers.setdefault(place.step, {})[place.name] = place.options[number]
+    return answers
+
+
+def cost(predicted: Prediction, baseline: Prediction, *, minimize: str) -> float:
+    """What a search makes small, 1 for the baseline of one measure and 2 for that of both.
+
+    Raises:
+        UsageError: ``minimize`` is none of both, seconds, bytes.
+    """
+    shares = {
+        "seconds": predicted.seconds / max(baseline.seconds, 1e-300),
+        "bytes": predicted.bytes / max(baseline.bytes, 1),
+    }
+    if minimize == "both":
+        return sum(shares.values())
+    if minimize not in shares:
+        raise UsageError(f"minimize {minimize!r} is unknown. Known: {', '.join(MINIMIZE)}")
+    return shares[minimize]
+
+
+def price(
+    passes: Sequence[Pass], graph: Graph, target: Target, place: Place, sizes: Mapping[str, int]
+) -> tuple[Prediction, ...]:
+    """What the whole graph is predicted to cost for each option at one place, all other places left as they are."""
+    return tuple(
+        predict(run_passes(passes, graph, target, {place.step: {place.name: option}}), target, sizes)
+        for option in place.options
+    )
