@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from intarsia.ir.graph import Arg, Graph, Node, Ref, Value
+from intarsia.ir.graph import Arg, Graph, Node, Ref, Symbol, Value
+from intarsia.ir.operators import DTYPES
 from intarsia.ir.plan import Chosen
 from intarsia.ir.rewrite import rewrite
-from intarsia.ir.sizes import Dim
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
 from intarsia.passes.base import Pass
@@ -31,7 +31,8 @@ class MergeRope(Pass):
         %y.stack: f32[4, 4, 2] = aten.stack(tensors=[%even, %odd], dim=2)
         %y: f32[4, 8] = aten.flatten.using_ints(self=%y.stack, start_dim=1, end_dim=2)
 
-    for any step, any axis and any order of offsets. The chain's other values stay where something else uses them.
+    for any step, any axis and any order of offsets; values of another element type are cast after the flatten. The
+    chain's other values stay where something else uses them.
     """
 
     name: ClassVar[str] = "merge-rope"
@@ -74,8 +75,9 @@ def _sources(node: Node, graph: Graph) -> tuple[str, ...] | None:
     if found.keys() != set(range(step)):
         return None
     sources = tuple(found[offset] for offset in range(step))
-    part = _part(node.type, axis, step, graph.type(sources[0]).shape[axis])
-    return sources if all(graph.type(source) == part for source in sources) else None
+    part = graph.type(sources[0])
+    same = all(graph.values[source].type == part for source in sources)
+    return sources if same and _fits(part, node.type, axis, step) else None
 
 
 def _axis(node: Node) -> int:
@@ -90,31 +92,39 @@ def _reaches_the_end(node: Node, axis: int) -> bool:
 
 
 def _written(node: Node, graph: Graph) -> str:
-    """The value that the call writes; a ``copy`` over what lay there before, of the same type, is what it copies."""
+    """The value that the call writes: of a ``copy`` over what lay there before, what it copies."""
     name = node.ref("src")
-    producer = graph.producers.get(name)
-    if producer is not None and producer.op == "aten.copy" and graph.values[producer.ref("src")].type == producer.type:
-        return producer.ref("src")
-    return name
+    copy = graph.producers.get(name)
+    if copy is None or copy.op != "aten.copy" or copy.type.dtype != node.type.dtype:
+        return name
+    source = copy.ref("src")
+    return source if graph.type(source).shape == copy.type.shape else name
 
 
-def _part(whole: TensorType, axis: int, step: int, extent: Dim) -> TensorType:
-    """The type that each source must have; equal extents at every offset mean that the step divides the axis."""
-    if isinstance(extent, int) and whole.shape[axis] != step * extent:
-        return whole
-    return replace(whole, shape=(*whole.shape[:axis], extent, *whole.shape[axis + 1 :]))
+def _fits(part: TensorType, whole: TensorType, axis: int, step: int) -> bool:
+    """Whether ``step`` tensors like ``part`` fill ``whole``; of a named extent, equal parts are proof enough."""
+    expected = (*whole.shape[:axis], part.shape[axis], *whole.shape[axis + 1 :])
+    extent, all_ = part.shape[axis], whole.shape[axis]
+    divides = not (isinstance(extent, int) and isinstance(all_, int)) or step * extent == all_
+    return part.shape == expected and divides
 
 
 def _stacked(node: Node, sources: tuple[str, ...], graph: Graph) -> Sequence[Node]:
     axis = _axis(node)
     part = graph.type(sources[0])
     shape = (*part.shape[: axis + 1], len(sources), *part.shape[axis + 1 :])
-    stack = Value(_fresh(f"{node.name}.stack", graph), replace(part, shape=shape))
+    stack = Value(_fresh(f"{node.name}.stack", graph), TensorType(part.dtype, shape))
     tensors = tuple(Ref(source) for source in sources)
+    stacking = Node("aten.stack", {"tensors": tensors, "dim": axis + 1}, (stack,), node.source)
     flatten: dict[str, Arg] = {"self": Ref(stack.name), "start_dim": axis, "end_dim": axis + 1}
+    if part.dtype == node.type.dtype:
+        return [stacking, replace(node, op="aten.flatten.using_ints", args=flatten)]
+    flat = Value(_fresh(f"{node.name}.flatten", graph), TensorType(part.dtype, node.type.shape))
+    cast: dict[str, Arg] = {"self": Ref(flat.name), "dtype": Symbol(str(DTYPES[node.type.dtype]))}
     return [
-        Node("aten.stack", {"tensors": tensors, "dim": axis + 1}, (stack,), node.source),
-        replace(node, op="aten.flatten.using_ints", args=flatten),
+        stacking,
+        Node("aten.flatten.using_ints", flatten, (flat,), node.source),
+        replace(node, op="aten._to_copy", args=cast),
     ]
 
 

@@ -69,8 +69,9 @@ def unpack(packed: Tensor) -> Tensor:
 
 def dequantize_groups(packed: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """The weight (R, C) in ``dtype`` for which ``packed`` u8 (R, C/2) and ``scale`` f32 (R, C/group) stand."""
-    codes = unpack(packed).float()
-    return (codes.unflatten(1, (-1, group)) * scale[:, :, None]).flatten(1).to(dtype)
+    rows, groups = scale.shape
+    codes = unpack(packed).float().view(rows, groups, group)
+    return (codes * scale[:, :, None]).view(rows, groups * group).to(dtype)
 
 
 def linear_i4(input: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
