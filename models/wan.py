@@ -14,7 +14,6 @@ from intarsia.models.sampler import FlowMatchEuler, noise
 LATENT = (16, 21, 60, 104)  # 81 frames of 480x832, through a VAE that divides time by 4 and height and width by 8
 TEXT = (512, 4096)  # tokens and width of the UMT5-XXL text encoder
 MINI_VIDEO = (3, shapes.FRAMES, shapes.SIZE, shapes.SIZE)
-VARYING = {2: "frames", 3: "height", 4: "width"}
 SOURCE = "Wan 2.1 (arXiv 2503.20314), diffusers WanTransformer3DModel"
 
 
@@ -42,7 +41,7 @@ def wan_mini() -> Model:
         outputs=("velocity",),
         static={"return_dict": False},
         dynamic={
-            "hidden_states": {0: "batch", **VARYING},
+            "hidden_states": {0: "batch", 2: "frames", 3: "4*height", 4: "4*width"},
             "timestep": {0: "batch"},
             "encoder_hidden_states": {0: "batch", 1: "text"},
         },
@@ -88,7 +87,7 @@ def _published(size: str, sampler: FlowMatchEuler, **sizes: int) -> Model:
         inputs=_published_inputs,
         outputs=("velocity",),
         static={"return_dict": False},
-        dynamic={"hidden_states": VARYING, "encoder_hidden_states": {1: "text"}},
+        dynamic={"hidden_states": {2: "frames", 3: "2*height", 4: "2*width"}, "encoder_hidden_states": {1: "text"}},
         sampler=sampler,
     )
 
