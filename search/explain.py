@@ -68,21 +68,21 @@ def explain(plan: Plan, graph: Graph, target: Target, sizes: Mapping[str, int] |
     places = open_places(passes, graph, target)
     for number, (pass_, step) in enumerate(zip(passes, steps, strict=True)):
         check_chosen(pass_, {p.name: p.options for p in places if p.step == number}, step.chosen)
-    known = _noted(plan) if plan.target == target.name else {}
+    known = noted(plan) if plan.target == target.name else {}
     total = plan.notes.get("error")
     rows: list[Row] = []
     for place in places:
         weighed = known.get((place.step, place.name)) or _predicted(passes, graph, target, place, sizes or {})
         chosen = steps[place.step].chosen.get(place.name, place.options[0])
-        why = _why(weighed, chosen, total if isinstance(total, float) else None)
-        rows.append(Row(steps[place.step].run, place.name, chosen, weighed, why))
+        reason = why(weighed, chosen, total if isinstance(total, float) else None)
+        rows.append(Row(steps[place.step].run, place.name, chosen, weighed, reason))
     refused = refused_places(passes, graph, target)
     rows += [Row(steps[number].run, name, "", (), reason) for number, name, reason in refused]
     order = {node.name: number for number, node in enumerate(graph.nodes)}
     return Explanation(tuple(sorted(rows, key=lambda row: order.get(row.place, len(order)))), plan.notes)
 
 
-def _noted(plan: Plan) -> dict[tuple[int, str], tuple[Weighed, ...]]:
+def noted(plan: Plan) -> dict[tuple[int, str], tuple[Weighed, ...]]:
     """What the search wrote into the plan, by pass and place; empty for a plan that no search made."""
     found: dict[tuple[int, str], tuple[Weighed, ...]] = {}
     for entry in cast("list[dict[str, object]]", plan.notes.get("places", [])):
@@ -104,7 +104,7 @@ def _predicted(
     )
 
 
-def _why(options: tuple[Weighed, ...], chosen: str, total: float | None) -> str:
+def why(options: tuple[Weighed, ...], chosen: str, total: float | None) -> str:
     """One clause: what the choice saves and takes of the error, and what the next smaller option would take."""
     (taken,) = (option for option in options if option.option == chosen)
     smaller = min(_smaller(options, taken), key=lambda option: option.error or 0.0, default=None)

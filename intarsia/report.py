@@ -1,0 +1,165 @@
+"""One self-contained HTML page about a bundle: what was decided where, what was predicted, measured and lost."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from intarsia.report_charts import BarGroup, MetricRow, Trail, bars, bars_note, metric_row, trail
+from intarsia.report_facts import METRICS, Facts, figure, read_facts, timing
+from intarsia.report_map import Map, maps
+from intarsia.terminal import replacing
+from intarsia.units import duration, ratio, size
+
+
+def write_report(folder: Path, output: Path) -> Path:
+    """Write the page about the bundle in ``folder`` to ``output``, whole or not at all; the path written.
+
+    Raises:
+        UsageError: The folder is no bundle.
+    """
+    text = render(folder)
+    with replacing(output) as partial:
+        partial.write_text(text)
+    return output
+
+
+def render(folder: Path) -> str:
+    """The page about the bundle in ``folder``, made from the bundle's files alone; UsageError if it is none."""
+    from jinja2 import Environment, StrictUndefined
+
+    template = files("intarsia").joinpath("report.html.jinja").read_text()
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(page=page_of(folder))
+
+
+@dataclass(frozen=True)
+class Card:
+    """One figure at the head of the page; the mood is ``good``, ``bad`` or empty."""
+
+    label: str
+    value: str
+    detail: str
+    mood: str = ""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the bundle."""
+
+    name: str
+    bytes: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything the template prints."""
+
+    title: str
+    verdict: str
+    cards: tuple[Card, ...]
+    frames: str | None
+    frames_caption: str
+    metrics: tuple[MetricRow, ...]
+    bars: tuple[BarGroup, ...]
+    bars_note: str
+    maps: tuple[Map, ...]
+    trail: Trail | None
+    command: str
+    identity: tuple[tuple[str, str], ...]
+    versions: tuple[tuple[str, str], ...]
+    configuration: tuple[tuple[str, str], ...]
+    files: tuple[File, ...]
+
+
+def page_of(folder: Path) -> Page:
+    """What the page about the bundle in ``folder`` says."""
+    facts = read_facts(folder)
+    manifest = facts.manifest
+    model = facts.config.get("model") or facts.folder.resolve().name
+    target, backend = manifest["target"], manifest["backend"]
+    return Page(
+        title=f"{model} for {target['name']}",
+        verdict=_verdict(facts),
+        cards=_cards(facts),
+        frames=_data_uri(facts.frames) if facts.frames else None,
+        frames_caption="Above what the unchanged model makes, below what the engine makes of the same noise.",
+        metrics=tuple(metric_row(name, values, facts.goal.get(name)) for name, values in facts.quality.items()),
+        bars=bars(facts),
+        bars_note=bars_note(facts),
+        maps=maps(facts.plan) if facts.plan else (),
+        trail=trail(facts.plan, facts.goal) if facts.plan else None,
+        command=str(manifest["command"]),
+        identity=(
+            ("target", f"{target['name']}: {target['summary']}"),
+            ("backend", str(backend["name"])),
+            *((name, str(text)) for name, text in manifest.get("fingerprints", {}).items() if text),
+            *((f"backend: {name}", str(text)) for name, text in backend.get("info", {}).items()),
+        ),
+        versions=tuple((name, str(text)) for name, text in manifest.get("versions", {}).items()),
+        configuration=tuple((name, _as_text(value)) for name, value in facts.config.items()),
+        files=tuple(
+            File(name, f"{entry['bytes']:,}", str(entry["sha256"])) for name, entry in sorted(manifest["files"].items())
+        ),
+    )
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _verdict(facts: Facts) -> str:
+    """One sentence: what was gained and what it cost."""
+    before, after = facts.predicted.get("baseline_bytes"), facts.predicted.get("bytes")
+    slow, fast = facts.predicted.get("baseline_seconds"), facts.predicted.get("seconds")
+    gains: list[str] = []
+    if before and after:
+        gains.append(f"its weights are {ratio(before, after)} smaller")
+    if slow and fast:
+        gains.append(f"it is predicted to run {ratio(slow, fast)} as fast")
+    text = f"An engine for {facts.manifest['backend']['name']}"
+    text += f": {' and '.join(gains)}." if gains else "."
+    if facts.quality:
+        name, values = next(iter(facts.quality.items()))
+        text += f" On held-out noise it stays at {figure(name, values['mean'])} {METRICS.get(name, name)}"
+        bound = facts.goal.get(name)
+        text += f", where {figure(name, bound)} was asked." if bound is not None else "."
+    return text
+
+
+def _cards(facts: Facts) -> tuple[Card, ...]:
+    cards: list[Card] = []
+    predicted = facts.predicted
+    if predicted.get("baseline_bytes") and predicted.get("bytes"):
+        before, after = predicted["baseline_bytes"], predicted["bytes"]
+        cards.append(Card("Weights", f"{ratio(before, after)} smaller", f"{size(before)} to {size(after)}"))
+    cards.append(Card("Engine on disk", size(facts.engine_bytes), f"the files of {facts.manifest['backend']['name']}"))
+    if predicted.get("baseline_seconds") and predicted.get("seconds"):
+        before, after = predicted["baseline_seconds"], predicted["seconds"]
+        detail = f"{duration(before)} to {duration(after)} a call on {facts.manifest['target']['name']}"
+        cards.append(Card("Predicted time", f"{ratio(before, after)} as fast", detail))
+    if engine := timing(facts.measured, "engine"):
+        reference = timing(facts.measured, "eager")
+        value = (
+            f"{ratio(reference['seconds'], engine['seconds'])} as fast" if reference else duration(engine["seconds"])
+        )
+        before_text = f"{duration(reference['seconds'])} to " if reference else ""
+        cards.append(
+            Card("Measured time", value, f"{before_text}{duration(engine['seconds'])}; {engine.get('device', '')}")
+        )
+    for name, values in facts.quality.items():
+        bound = facts.goal.get(name)
+        met = None if bound is None else values["mean"] >= bound
+        asked = "" if bound is None else f"asked {figure(name, bound)}; "
+        floor = "" if values.get("floor") is None else f"floor {figure(name, values['floor'])}"
+        mood = {True: "good", False: "bad", None: ""}[met]
+        cards.append(Card(METRICS.get(name, name), figure(name, values["mean"]), asked + floor, mood))
+    return tuple(cards)

@@ -1,0 +1,88 @@
+"""The files of a bundle, read for a report: no engine, no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intarsia.ir.errors import UsageError
+from intarsia.ir.plan import Plan
+
+METRICS = {"psnr": "PSNR", "ssim": "SSIM", "motion_psnr": "motion PSNR"}
+"""What people call the metrics."""
+
+_UNITS = {"psnr": " dB", "motion_psnr": " dB"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The bundle's files, read."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    plan: Plan | None
+    measured: Mapping[str, Any]
+    config: Mapping[str, Any]
+    frames: bytes | None
+
+    @property
+    def quality(self) -> Mapping[str, Mapping[str, Any]]:
+        """Figures by metric."""
+        metrics: Mapping[str, Mapping[str, Any]] = self.manifest.get("quality", {}).get("metrics", {})
+        return metrics
+
+    @property
+    def goal(self) -> Mapping[str, float]:
+        """What was asked, by metric; empty where nothing was."""
+        text = str(self.manifest.get("quality", {}).get("goal") or "")
+        return {name: float(bound) for name, _, bound in (term.partition(">=") for term in text.split(",") if term)}
+
+    @property
+    def predicted(self) -> Mapping[str, float]:
+        """Seconds and bytes as the cost model says, for the engine and for the unchanged model."""
+        found: Mapping[str, float] = self.manifest.get("predicted", {})
+        return found
+
+    @property
+    def engine_bytes(self) -> int:
+        """Size of the backend's files."""
+        prefix = f"engine/{self.manifest['backend']['name']}/"
+        return sum(entry["bytes"] for name, entry in self.manifest["files"].items() if name.startswith(prefix))
+
+
+def read_facts(folder: Path) -> Facts:
+    """The files of the bundle in ``folder``; UsageError if it is no bundle or one of them is no JSON."""
+    manifest = _object(folder, "manifest.json")
+    if not {"backend", "target", "files", "command"} <= manifest.keys():
+        raise UsageError(f"{folder} is no bundle: manifest.json lacks what export writes")
+    plan = Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None
+    measurements = _object(folder, "measurements.json") if (folder / "measurements.json").is_file() else {}
+    config = _object(folder, "config.json") if (folder / "config.json").is_file() else {}
+    frames = (folder / "frames.png").read_bytes() if (folder / "frames.png").is_file() else None
+    return Facts(folder, manifest, plan, measurements.get("measured", {}), config, frames)
+
+
+def _object(folder: Path, name: str) -> Mapping[str, Any]:
+    try:
+        data = json.loads((folder / name).read_text())
+    except OSError as error:
+        raise UsageError(f"{folder} is no bundle: {name}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{folder / name}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{folder / name}: expected keys and values, found {data!r}")
+    return data
+
+
+def timing(measured: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """What the clock said of ``engine`` or ``eager``; None if it was not asked."""
+    found = measured.get(name)
+    return found if isinstance(found, Mapping) and found.get("seconds") else None
+
+
+def figure(metric: str, value: float) -> str:
+    """A value of a metric with its unit."""
+    return f"{value:.4f}" if metric == "ssim" else f"{value:.2f}{_UNITS.get(metric, '')}"
