@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from .errors import InvalidGraph
 from .graph import Arg, Graph, Node, Ref
 
 Rule = Callable[[Node], Sequence[Node] | None]
@@ -23,28 +24,37 @@ def rewrite(graph: Graph, rule: Rule) -> Graph:
 
 
 def rename_uses(graph: Graph, names: Mapping[str, str]) -> Graph:
-    """The graph with every use of a key of ``names`` turned into a use of its value, chains followed."""
+    """The graph with every use of a key of ``names`` turned into a use of its value, chains followed.
+
+    Raises:
+        InvalidGraph: The names go round in a circle.
+    """
     if not names:
         return graph
+    final = {name: _last(name, names) for name in names}
     nodes = tuple(
-        replace(node, args={key: _renamed(arg, names) for key, arg in node.args.items()})
-        if any(name in names for name in node.inputs)
+        replace(node, args={key: _renamed(arg, final) for key, arg in node.args.items()})
+        if any(name in final for name in node.inputs)
         else node
         for node in graph.nodes
     )
-    return replace(graph, nodes=nodes, outputs=tuple(_last(name, names) for name in graph.outputs))
+    return replace(graph, nodes=nodes, outputs=tuple(final.get(name, name) for name in graph.outputs))
 
 
-def _renamed(arg: Arg, names: Mapping[str, str]) -> Arg:
+def _renamed(arg: Arg, final: Mapping[str, str]) -> Arg:
     if isinstance(arg, Ref):
-        return Ref(_last(arg.name, names))
-    return tuple(_renamed(item, names) for item in arg) if isinstance(arg, tuple) else arg
+        return Ref(final.get(arg.name, arg.name))
+    return tuple(_renamed(item, final) for item in arg) if isinstance(arg, tuple) else arg
 
 
 def _last(name: str, names: Mapping[str, str]) -> str:
-    while name in names:
-        name = names[name]
-    return name
+    last, met = name, {name}
+    while last in names:
+        last = names[last]
+        if last in met:
+            raise InvalidGraph(f"%{name} is renamed to itself, by way of {', '.join(f'%{m}' for m in sorted(met))}")
+        met.add(last)
+    return last
 
 
 def drop_unused(graph: Graph) -> Graph:

@@ -34,26 +34,32 @@ _BINARY: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
 }
-_CALLS: Mapping[str, Callable[..., int]] = {"max": max, "min": min, "mod": operator.mod}
+_CALLS: Mapping[str, Callable[..., int]] = {"max": max, "min": min}
+_FUNCTIONS = {*_CALLS, "mod"}
 
 
 def evaluate(dim: Dim, sizes: Mapping[str, int]) -> int:
     """The extent that ``dim`` has for these sizes; InvalidGraph if a name has no size."""
-    return dim if isinstance(dim, int) else _evaluate(_tree(dim), dim, sizes)
+    if isinstance(dim, int):
+        return dim
+    try:
+        return _evaluate(_tree(dim), dim, sizes)
+    except ZeroDivisionError as error:
+        raise InvalidGraph(f"dimension {dim!r}: divides by zero for sizes {dict(sizes)}") from error
 
 
 def names(dim: Dim) -> frozenset[str]:
     """The named sizes in ``dim``."""
     if isinstance(dim, int):
         return frozenset()
-    return frozenset(n.id for n in ast.walk(_tree(dim)) if isinstance(n, ast.Name)) - _CALLS.keys()
+    return frozenset(n.id for n in ast.walk(_tree(dim)) if isinstance(n, ast.Name)) - _FUNCTIONS
 
 
 @lru_cache(maxsize=4096)
 def _tree(text: str) -> ast.expr:
     try:
         return ast.parse(text, mode="eval").body
-    except SyntaxError as error:
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise InvalidGraph(f"dimension {text!r} is not an expression over named sizes such as 2*N") from error
 
 
@@ -69,6 +75,8 @@ def _evaluate(node: ast.expr, text: str, sizes: Mapping[str, int]) -> int:
             return -_evaluate(operand, text, sizes)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             return _BINARY[type(op)](_evaluate(left, text, sizes), _evaluate(right, text, sizes))
-        case ast.Call(func=ast.Name(id=name), args=args) if name in _CALLS:
+        case ast.Call(func=ast.Name("max" | "min" as name), args=[_, _, *_] as args, keywords=[]):
             return _CALLS[name](*(_evaluate(arg, text, sizes) for arg in args))
-    raise InvalidGraph(f"dimension {text!r}: only + - * // % ** max min over named sizes are dimensions")
+        case ast.Call(func=ast.Name("mod"), args=[left, right], keywords=[]):
+            return _evaluate(left, text, sizes) % _evaluate(right, text, sizes)
+    raise InvalidGraph(f"dimension {text!r}: only + - * // % ** max min mod over named sizes are dimensions")

@@ -33,10 +33,13 @@ class Spec:
             return cls(name)
         try:
             call = ast.parse(f"f({rest}", mode="eval").body
-            if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
-                raise ValueError("positional arguments")
-            return cls(name, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
-        except (SyntaxError, ValueError) as error:
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+                raise ValueError("not one call with keyword arguments")
+            args = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+            if len(args) < len(call.keywords):
+                raise ValueError("a key is given twice, or as **")
+            return cls(name, args)
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
             raise SpecError(f"expected 'name(key=value, ...)' with literal values, found {text!r}") from error
 
 

@@ -8,7 +8,8 @@
       return %fc.linear
     }
 
-Names, operators and keys that are not plain words are written as JSON strings, so anything round-trips.
+Names, operators and keys that are not plain words are written as JSON strings, so anything round-trips
+(but for a surrogate pair spelled as two code points, which JSON joins to the one it stands for).
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ _SPACE = re.compile(r"[ \t]*")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _TYPE = re.compile(r"\w+\[[^\]]*\]|int|float|bool")
 _NUMBER = re.compile(r"-?(?:inf|nan|\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?)")
-_RANGE = re.compile(r"([A-Za-z_]\w*) in \[(\d+), (\d+|inf)\]")
+_FLOAT = re.compile(r"[.eEi]")
+_RANGE = re.compile(r"([A-Za-z_]\w*) in \[([0-9]{1,18}), ([0-9]{1,18}|inf)\]")
 _BARE = re.compile(r"[A-Za-z_][\w.]*")
 _CONSTANTS: dict[str, Arg] = {"None": None, "True": True, "False": False, "inf": math.inf, "nan": math.nan}
 
@@ -233,14 +235,32 @@ class _Line:
         if self.accept("["):
             return self.items()
         if self.accept("complex["):
-            real, imag = self.items()
-            return complex(float(real), float(imag))  # type: ignore[arg-type]
+            return self.complex_number()
         if self.peek('"'):
             return self.string()
         if self.at < len(self.text) and (self.text[self.at].isdigit() or self.text[self.at] == "-"):
-            return _number(self.token(_NUMBER, "a number"))
+            return self.numeral()
         word = self.token(_BARE, "a value, a number, a string, a list or a constant such as torch.float32")
         return _CONSTANTS[word] if word in _CONSTANTS else Symbol(word)
+
+    def numeral(self) -> int | float:
+        self.peek("")
+        start = self.at
+        text = self.token(_NUMBER, "a number")
+        try:
+            return math.nan if "nan" in text else float(text) if _FLOAT.search(text) else int(text)
+        except ValueError:
+            self.at = start
+            self.fail("a number")
+
+    def complex_number(self) -> complex:
+        start = self.at
+        items = self.items()
+        match items:
+            case (int() | float() as real, int() | float() as imag):
+                return complex(real, imag)
+        self.at = start
+        self.fail("a complex number such as complex[1.0, -2.0]")
 
     def items(self) -> tuple[Arg, ...]:
         if self.accept("]"):
@@ -254,9 +274,3 @@ class _Line:
         while self.accept(","):
             items.append(read())
         return tuple(items)
-
-
-def _number(text: str) -> int | float:
-    if "nan" in text:
-        return math.nan
-    return float(text) if any(c in text for c in ".einf") else int(text)

@@ -50,7 +50,7 @@ class ScalarType:
 Type = TensorType | ScalarType
 
 _TENSOR = re.compile(r"(\w+)\[([^\]]*)\]")
-_COMMA = re.compile(r",(?![^(]*\))")
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 def parse_type(text: str) -> Type:
@@ -60,8 +60,21 @@ def parse_type(text: str) -> Type:
     match = _TENSOR.fullmatch(text)
     if match is None or match[1] not in BITS:
         raise ParseError(f"expected a type such as bf16[2, N, 64] or int, found {text!r}")
-    return TensorType(match[1], tuple(_dim(dim.strip()) for dim in _COMMA.split(match[2]) if dim.strip()))
+    parts = [part.strip() for part in _split(match[2])] if match[2].strip() else []
+    if not all(parts):
+        raise ParseError(f"expected an extent between the commas of {text!r}")
+    return TensorType(match[1], tuple(int(part) if _INTEGER.fullmatch(part) else part for part in parts))
 
 
-def _dim(text: str) -> Dim:
-    return int(text) if text.isascii() and text.lstrip("-").isdigit() else text
+def _split(text: str) -> list[str]:
+    """The text cut at its commas, those inside parentheses excepted."""
+    if "(" not in text:
+        return text.split(",")
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts

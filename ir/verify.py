@@ -6,15 +6,17 @@ from collections.abc import Iterator
 
 from .errors import InvalidGraph
 from .graph import Graph, Value
-from .sizes import names
+from .sizes import Size, names
 from .types import TensorType
 
 
 def verify(graph: Graph) -> None:
-    """Raise InvalidGraph unless names are unique, defined before use, and sizes are declared."""
+    """Raise InvalidGraph unless names are unique and defined before use, and sizes are declared, with ranges."""
     sizes = {size.name for size in graph.sizes}
     if len(sizes) < len(graph.sizes):
         raise InvalidGraph(f"graph {graph.name}: a size is declared twice")
+    for size in graph.sizes:
+        _check_size(size, graph)
     seen: set[str] = set()
     for value in (*graph.inputs, *graph.params):
         _define(value, seen, sizes)
@@ -29,6 +31,13 @@ def verify(graph: Graph) -> None:
     for name in graph.outputs:
         if name not in seen:
             raise InvalidGraph(f"graph {graph.name}: output %{name} is not defined")
+
+
+def _check_size(size: Size, graph: Graph) -> None:
+    if not size.name.isidentifier() or names(size.name) != {size.name}:
+        raise InvalidGraph(f"graph {graph.name}: {size.name!r} is no name for a size; take a word such as 'frames'")
+    if size.maximum is not None and size.maximum < size.minimum:
+        raise InvalidGraph(f"graph {graph.name}: size {size} leaves no extent; the minimum comes first")
 
 
 def _define(value: Value, seen: set[str], sizes: set[str]) -> None:
