@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -69,9 +69,12 @@ class Plan:
         phases = tuple(_phase(item, f"{where}: phases[{i}]") for i, item in enumerate(_list(data["phases"], where)))
         if not phases:
             raise PlanError(f"{where}: no phases; a plan has at least one")
+        _check_ranges(phases, where)
         for key in ("graph", "target"):
             if not isinstance(data[key], str):
                 raise PlanError(f"{where}: {key} is {data[key]!r}, not a string")
+        if not isinstance(data["notes"], dict):
+            raise PlanError(f"{where}: notes is {data['notes']!r}, not an object")
         return cls(data["graph"], data["target"], phases, data["notes"])
 
     @classmethod
@@ -92,6 +95,20 @@ def _phase(data: object, where: str) -> Phase:
         raise PlanError(f"{where}: first and last are step numbers (last may be null)")
     steps = tuple(_step(item, f"{where}.steps[{i}]") for i, item in enumerate(_list(data["steps"], where)))
     return Phase(steps, data["first"], data["last"])
+
+
+def _check_ranges(phases: Sequence[Phase], where: str) -> None:
+    """The denoising steps are covered from 0 on, without gaps; only the last phase may be open."""
+    expected = 0
+    for i, phase in enumerate(phases):
+        if phase.first != expected:
+            raise PlanError(f"{where}: phases[{i}] starts at step {phase.first}, not at {expected}")
+        last = i == len(phases) - 1
+        if phase.last is None and last:
+            return
+        if phase.last is None or phase.last < phase.first:
+            raise PlanError(f"{where}: phases[{i}] ends at step {phase.last}, not at {phase.first} or later")
+        expected = phase.last + 1
 
 
 def _step(data: object, where: str) -> Step:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
+from math import inf
 from pathlib import Path
+from typing import Any
 
 from .errors import TargetError
+from .types import BITS
 
 
 @dataclass(frozen=True)
@@ -76,22 +79,44 @@ def parse_target(text: str, *, name: str, where: str) -> Target:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise TargetError(f"{where}: not TOML: {error}") from error
-    for key in sorted(_REQUIRED - data.keys()):
-        raise TargetError(f"{where}: no key {key!r}; a target has {', '.join(sorted(_REQUIRED))}")
-    for key in sorted(data.keys() - _REQUIRED - _OPTIONAL):
-        raise TargetError(f"{where}: unknown key {key!r}; a target has {', '.join(sorted(_REQUIRED | _OPTIONAL))}")
-    if data["kind"] not in _KINDS:
-        raise TargetError(f"{where}: kind is {data['kind']!r}, not one of {', '.join(_KINDS)}")
-    if not isinstance(data["flops"], dict) or "f32" not in data["flops"]:
-        raise TargetError(f"{where}: [flops] gives FLOP/s by element type, f32 at least")
-    numbers = {"bandwidth": data["bandwidth"], "memory": data["memory"], **data["flops"]}
-    for key, value in numbers.items():
-        if not _is_positive(value):
-            raise TargetError(f"{where}: {key} is {value!r}, not a positive number")
-    if not isinstance(data["launch"], int | float) or data["launch"] < 0:
-        raise TargetError(f"{where}: launch is {data['launch']!r}, not a time in seconds")
+    for fault in _faults(data):
+        raise TargetError(f"{where}: {fault}")
     return Target(name=name, **{**data, "features": tuple(data.get("features", ()))})
 
 
+def _faults(data: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong, the most basic first; a rule may rely on those before it."""
+    for key in sorted(_REQUIRED - data.keys()):
+        yield f"no key {key!r}; a target has {', '.join(sorted(_REQUIRED))}"
+    for key in sorted(data.keys() - _REQUIRED - _OPTIONAL):
+        yield f"unknown key {key!r}; a target has {', '.join(sorted(_REQUIRED | _OPTIONAL))}"
+    if data["kind"] not in _KINDS:
+        yield f"kind is {data['kind']!r}, not one of {', '.join(_KINDS)}"
+    for key in ("summary", "architecture"):
+        if not isinstance(data[key], str):
+            yield f"{key} is {data[key]!r}, not a string"
+    features = data.get("features", [])
+    if not isinstance(features, list) or not all(isinstance(feature, str) for feature in features):
+        yield f"features is {features!r}, not a list of strings"
+    if not isinstance(data["flops"], dict) or "f32" not in data["flops"]:
+        yield "[flops] gives FLOP/s by element type, f32 at least"
+    for dtype in sorted(data["flops"].keys() - BITS.keys()):
+        yield f"[flops] {dtype} is no element type; those are {', '.join(BITS)}"
+    yield from _number_faults(data)
+    if not isinstance(data["sources"], dict):
+        yield "[sources] says for each key where its number comes from"
+    for key in ("flops", "bandwidth", "memory", "launch"):
+        if not isinstance(data["sources"].get(key), str):
+            yield f"[sources] does not say where {key} comes from"
+
+
+def _number_faults(data: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in {"bandwidth": data["bandwidth"], "memory": data["memory"], **data["flops"]}.items():
+        if not _is_positive(value):
+            yield f"{key} is {value!r}, not a positive number"
+    if data["launch"] != 0 and not _is_positive(data["launch"]):
+        yield f"launch is {data['launch']!r}, not a time in seconds"
+
+
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < inf
