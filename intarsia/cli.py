@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,8 @@ import typer
 from typer.core import TyperGroup
 
 from intarsia import configuration, terminal
-from intarsia.ir.errors import UsageError
+from intarsia.ir.errors import QualityError, UsageError
+from intarsia.ir.registry import unknown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -147,12 +148,13 @@ def list_(
     """List models, targets, passes, kernels and backends."""
     from dataclasses import asdict
 
+    from intarsia import summaries
     from intarsia.listing import KINDS, entries
 
     found = {name: entries(name) for name in ([kind.value] if kind else KINDS)}
     data = {name: [asdict(entry) for entry in these] for name, these in found.items()}
     tables = [
-        _table(name, ("name", "what it is", "from"), [(entry.name, entry.summary, entry.origin) for entry in these])
+        summaries.table((name, "what it is", "from"), [(entry.name, entry.summary, entry.origin) for entry in these])
         for name, these in found.items()
     ]
     _show(data[kind.value] if kind else data, tables, json=json)
@@ -176,7 +178,7 @@ def trace(
     if meta and beside.exists():
         raise UsageError(f"{beside} would be taken for the graph's weights, and --meta writes none; choose another -o")
     terminal.check_output_file(output)
-    from intarsia import flow
+    from intarsia import flow, summaries
     from intarsia.ir.program import save_weights
 
     with terminal.progress():
@@ -186,16 +188,7 @@ def trace(
             if not program.is_meta:
                 with terminal.replacing(beside) as weight_file:
                     save_weights(program.weights, weight_file)
-    graph = program.graph
-    parameters = sum(program.weights[value.name].numel() for value in graph.params)
-    facts = {
-        "output": str(output),
-        "weights": None if program.is_meta else str(beside),
-        "fingerprint": graph.fingerprint,
-        "nodes": len(graph.nodes),
-        "parameters": parameters,
-    }
-    _show(facts, _facts(facts), json=json)
+    _show(*summaries.traced(program, output, None if program.is_meta else beside), json=json)
 
 
 @app.command()
@@ -208,11 +201,11 @@ def inspect(
     json: AsJson = False,
 ) -> None:
     """Count what a graph computes and moves, and predict how long a machine takes for it."""
-    from intarsia import flow
+    from intarsia import flow, summaries
 
     with terminal.progress():
         facts = flow.inspect(subject, target=target, sizes=configuration.sizes(size or ()))
-    _show(facts, _facts(facts), json=json)
+    _show(facts, summaries.inspected(facts), json=json)
 
 
 @app.command()
@@ -233,11 +226,11 @@ def search(
     fail_on_no_gain: FailOnNoGain = False,
     config: Config = None,
     json: AsJson = False,
-) -> None:
+) -> int:
     """Search what fits each layer, under a quality goal; write the answer as a plan."""
     seconds = configuration.seconds(budget)
     terminal.check_output_file(output)
-    from intarsia import flow
+    from intarsia import flow, summaries
 
     with terminal.progress() as progress:
         result = flow.search(
@@ -256,9 +249,8 @@ def search(
         )
         with terminal.replacing(output) as file:
             file.write_text(result.plan.to_json())
-    facts = {"output": str(output), **result.to_json()}
-    _show(facts, _facts(facts), json=json)
-    terminal.say(f"reproduce: {configuration.command(ctx, output=output)}")
+    _show(*summaries.searched(result, output), json=json)
+    return _ended(configuration.command(ctx, output=output), complete=result.complete)
 
 
 @app.command()
@@ -272,12 +264,16 @@ def explain(
     json: AsJson = False,
 ) -> None:
     """Say for each place what could be chosen, what was, and why."""
-    from intarsia import flow
+    from intarsia import flow, summaries
     from intarsia.ir.plan import Plan
 
     with terminal.progress():
         explanation = flow.explain(model, Plan.load(plan), target=target)
-    _show(explanation.to_json(), _facts(explanation.to_json()), json=json)
+    told = summaries.explained(explanation, place)
+    if told is None:
+        known = [row.place for row in explanation.rows]
+        raise UsageError(unknown("place", str(place), known[:12]))
+    _show(*told, json=json)
 
 
 @app.command()
@@ -286,24 +282,24 @@ def export(
     model: Model,
     *,
     output: OutputFolder,
-    plan: PlanFile,
     target: TargetName,
+    plan: Annotated[Path | None, typer.Option("--plan", help="A plan; the model as it is without one.")] = None,
     backend: BackendName = "onnx",
     quality: Annotated[str | None, typer.Option("--quality", help="Goal that the engine must meet.")] = None,
     seed: Seed = 0,
     weights: Weights = None,
     config: Config = None,
     json: AsJson = False,
-) -> None:
+) -> int:
     """Apply a plan and build the engine: a bundle that can be verified and run."""
     terminal.check_output_bundle(output)
-    from intarsia import flow
+    from intarsia import flow, summaries
     from intarsia.ir.plan import Plan
 
     with terminal.progress() as progress:
         bundle = flow.export(
             model,
-            Plan.load(plan),
+            Plan.load(plan) if plan else None,
             backend=backend,
             target=target,
             output=output,
@@ -314,8 +310,8 @@ def export(
             command=configuration.command(ctx, output=Path("out")),
             progress=progress,
         )
-    _show_bundle(bundle, json=json)
-    terminal.say(f"reproduce: {configuration.command(ctx, output=output)}")
+    _show(*summaries.bundled(bundle), json=json)
+    return _ended(configuration.command(ctx, output=output))
 
 
 @app.command()
@@ -323,14 +319,14 @@ def verify(
     folder: Folder,
     full: Annotated[bool, typer.Option("--full", help="Also measure the quality that the bundle claims.")] = False,
     json: AsJson = False,
-) -> None:
+) -> int:
     """Check every file and every claim of a bundle."""
-    from intarsia import flow
+    from intarsia import flow, summaries
 
     with terminal.progress() as progress:
         report = flow.verify(folder, full=full, progress=progress)
-    lines = [f"{'passed' if check.passed else 'FAILED'}  {check.name}  {check.detail}" for check in report.checks]
-    _show(report.to_json(), lines, json=json)
+    _show(report.to_json(), summaries.verified(report), json=json)
+    return 0 if report.passed else QualityError.exit_code
 
 
 @app.command()
@@ -344,7 +340,7 @@ def run(
     seed: Seed = 0,
     config: Config = None,
     json: AsJson = False,
-) -> None:
+) -> int:
     """Make videos with a bundle's engine."""
     terminal.check_output_folder(output)
     from intarsia import flow
@@ -353,7 +349,7 @@ def run(
         paths = flow.run(folder, prompts=tuple(prompt or ()), seed=seed, count=count, output=output, progress=progress)
     files = [str(path) for path in paths]
     _show({"files": files}, files, json=json)
-    terminal.say(f"reproduce: {configuration.command(ctx, output=output)}")
+    return _ended(configuration.command(ctx, output=output))
 
 
 @app.command()
@@ -365,14 +361,14 @@ def bench(
     seed: Seed = 0,
     config: Config = None,
     json: AsJson = False,
-) -> None:
+) -> int:
     """Time an engine on this machine: median and spread."""
-    from intarsia import flow
+    from intarsia import flow, summaries
 
     with terminal.progress() as progress:
         facts = flow.bench(subject, repeats=repeats, seed=seed, progress=progress)
-    _show(facts, _facts(facts), json=json)
-    terminal.say(f"reproduce: {configuration.command(ctx)}")
+    _show(facts, summaries.timed(facts), json=json)
+    return _ended(configuration.command(ctx))
 
 
 @app.command()
@@ -409,11 +405,11 @@ def optimize(
     fail_on_no_gain: FailOnNoGain = False,
     config: Config = None,
     json: AsJson = False,
-) -> None:
+) -> int:
     """Search, export, verify and report in one go."""
     seconds = configuration.seconds(budget)
     terminal.check_output_bundle(output)
-    from intarsia import flow
+    from intarsia import flow, summaries
 
     with terminal.progress() as progress:
         bundle = flow.optimize(
@@ -434,8 +430,8 @@ def optimize(
             command=configuration.command(ctx, output=Path("out")),
             progress=progress,
         )
-    _show_bundle(bundle, json=json)
-    terminal.say(f"reproduce: {configuration.command(ctx, output=output)}")
+    _show(*summaries.bundled(bundle), json=json)
+    return _ended(configuration.command(ctx, output=output), complete=not summaries.cut_short(bundle))
 
 
 def _show(data: object, lines: Sequence[str | Table], *, json: bool) -> None:
@@ -448,32 +444,12 @@ def _show(data: object, lines: Sequence[str | Table], *, json: bool) -> None:
         console.print(line, soft_wrap=isinstance(line, str))
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _facts(facts: Mapping[str, object], *, indent: str = "") -> list[str]:
-    """Keys and values for a person, nested ones indented."""
-    lines: list[str] = []
-    for key, value in facts.items():
-        if isinstance(value, Mapping):
-            lines += [f"{indent}{key}", *_facts(value, indent=indent + "  ")]
-        elif isinstance(value, float):
-            lines.append(f"{indent}{key}: {value:.4g}")
-        else:
-            lines.append(f"{indent}{key}: {value}")
-    return lines
-
-
-def _show_bundle(bundle: Any, *, json: bool) -> None:
-    _show(dict(bundle.manifest), _facts(bundle.manifest), json=json)
+def _ended(command: str, *, complete: bool = True) -> int:
+    """Say how the run is repeated; the exit code."""
+    if not complete:
+        terminal.say("the time was spent before the search had ended; the best so far is saved")
+    terminal.say(f"reproduce: {command}")
+    return 0 if complete else terminal.BUDGET_SPENT
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ def page_of(folder: Path) -> Page:
         verdict=_verdict(facts),
         cards=_cards(facts),
         frames=_data_uri(facts.frames) if facts.frames else None,
-        frames_caption="Above what the unchanged model makes, below what the engine makes of the same noise.",
+        frames_caption="Pairs: above, what the unchanged model makes; below, what the engine makes of the same noise.",
         metrics=tuple(metric_row(name, values, facts.goal.get(name)) for name, values in facts.quality.items()),
         bars=bars(facts),
         bars_note=bars_note(facts),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +32,7 @@ SHOWN_REASONS = 20
 """Reasons of a refusal that are printed; a longer list goes to a file as a whole."""
 
 INTERRUPTED = 130
+BUDGET_SPENT = 124
 INTERNAL = 1
 USAGE = 2
 ENVIRONMENT = 6
@@ -80,6 +83,7 @@ def run(work: Callable[[], object], *, as_json: bool) -> int:
     With ``as_json`` the failure is also the one JSON document on stdout.
     """
     _listen_to_signals()
+    _hush_libraries()
     try:
         result = work()
         sys.stdout.flush()
@@ -177,6 +181,14 @@ def _listen_to_signals() -> None:
     with contextlib.suppress(ValueError):  # only the main thread may; tests may run in another
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
+
+
+def _hush_libraries() -> None:
+    """Keep what libraries tell their developers off the terminal, unless it is asked for."""
+    if os.environ.get("INTARSIA_DEBUG") == "1" or sys.warnoptions:
+        return
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
 
 
 def _discard(stream: object) -> None:

@@ -1,0 +1,231 @@
+"""Results of the verbs as plain JSON values, and as lines for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from intarsia.report_facts import METRICS, figure
+from intarsia.units import amount, duration, ratio, size
+
+if TYPE_CHECKING:
+    from intarsia.backends.bundle import Bundle
+    from intarsia.backends.verify import VerifyReport
+    from intarsia.ir.program import Program
+    from intarsia.search.explain import Explanation, Row
+    from intarsia.search.search import SearchResult
+
+Lines = Sequence[str | Table]
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: int = 0) -> Table:
+    """A table without frames, its last ``right`` columns aligned to the right."""
+    made = Table(box=None, pad_edge=False, header_style="dim")
+    for index, column in enumerate(columns):
+        made.add_column(column, overflow="fold", justify="right" if index >= len(columns) - right else "left")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def traced(program: Program, graph_file: Path, weight_file: Path | None) -> tuple[dict[str, object], Lines]:
+    """Where a trace was written, and how large it is."""
+    graph = program.graph
+    parameters = sum(program.weights[value.name].numel() for value in graph.params)
+    facts: dict[str, object] = {
+        "output": str(graph_file),
+        "weights": str(weight_file) if weight_file else None,
+        "name": graph.name,
+        "fingerprint": graph.fingerprint,
+        "nodes": len(graph.nodes),
+        "parameters": parameters,
+    }
+    count = f"{len(graph.nodes):,} nodes, {amount(parameters).strip()} parameters"
+    return facts, [
+        f"{graph_file}: {graph.name}, {count}, fingerprint {graph.fingerprint}",
+        f"{weight_file}: weights" if weight_file else "no weights were written",
+    ]
+
+
+def inspected(facts: Mapping[str, Any]) -> Lines:
+    """What ``flow.inspect`` found, for a person."""
+    if facts["kind"] == "plan":
+        return pairs({name: value for name, value in facts.items() if name != "kind"})
+    head = {key: facts[key] for key in ("name", "fingerprint", "nodes", "inputs", "outputs", "sizes")}
+    counts = {
+        "flops": f"{amount(facts['flops'])}FLOP",
+        "bytes moved": size(facts["bytes_moved"]),
+        "parameters": amount(facts["parameters"]).strip(),
+        "weights": size(facts["weight_bytes"]),
+    }
+    if facts["operators_unknown"]:
+        counts["not counted"] = ", ".join(facts["operators_unknown"])
+    lines: list[str | Table] = [*pairs(head), *pairs(counts)]
+    total = facts["flops"] or 1
+    by_class = [
+        (name, f"{amount(flops)}FLOP", f"{flops / total:.1%}") for name, flops in facts["flops_by_class"].items()
+    ]
+    lines += ["", table(("work", "operations", "share"), by_class, right=2)]
+    if facts["attention_sites"]:
+        lines += ["", _attention(facts["attention_sites"])]
+    if "target" in facts:
+        bounds = [(name, duration(seconds)) for name, seconds in facts["seconds_by_bound"].items()]
+        lines += ["", f"{facts['target']}: {duration(facts['predicted_seconds'])} a call"]
+        lines.append(table(("bound by", "seconds"), bounds, right=1))
+    return lines
+
+
+def _attention(sites: Sequence[Mapping[str, Any]]) -> Table:
+    """Attention sites, alike ones in one row."""
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for site in sites:
+        key = tuple(site[name] for name in ("kind", "batch", "heads", "queries", "keys", "head_dim"))
+        alike.setdefault(key, []).append(site["name"])
+    rows = [(str(len(names)), *map(str, key), names[0]) for key, names in alike.items()]
+    columns = ("count", "attention", "batch", "heads", "queries", "keys", "head dim", "first")
+    return table(columns, rows)
+
+
+def searched(result: SearchResult, output: Path) -> tuple[dict[str, object], Lines]:
+    """What a search found."""
+    before, after = result.baseline, result.predicted
+    facts: dict[str, object] = {
+        "output": str(output),
+        "graph": result.plan.graph,
+        "target": result.plan.target,
+        "baseline": {"seconds": before.seconds, "bytes": before.bytes},
+        "predicted": {"seconds": after.seconds, "bytes": after.bytes},
+        "gain": result.gain,
+        "complete": result.complete,
+        "quality": result.quality.to_json() if result.quality else None,
+        "tried": [trial.to_json() for trial in result.tried],
+    }
+    changed = sum(len(step.chosen) for phase in result.plan.phases for step in phase.steps)
+    lines = [
+        f"{output}: {changed} places changed, {len(result.tried)} plans measured end to end",
+        f"weights    {size(before.bytes)} to {size(after.bytes)}, {ratio(before.bytes, after.bytes)} smaller",
+        f"predicted  {_faster(before.seconds, after.seconds)} on {result.plan.target}",
+        *(
+            _metrics(result.quality.to_json(), {})
+            if result.quality
+            else ["quality    not measured: the time was spent"]
+        ),
+    ]
+    return facts, lines if result.gain > 0 else [*lines, "nothing was gained: the plan leaves the model as it is"]
+
+
+def explained(explanation: Explanation, place: str | None) -> tuple[dict[str, object], Lines] | None:
+    """Rows of an explanation, of one place where it is given; None if there is no such place."""
+    rows = [row for row in explanation.rows if place is None or row.place == place]
+    if not rows:
+        return None
+    data = explanation.to_json()
+    wanted = {row.place for row in rows}
+    every = data["rows"]
+    assert isinstance(every, list)
+    data["rows"] = [row for row in every if row["place"] in wanted]
+    if place is None:
+        told = [(row.place, row.chosen or "not offered", row.why) for row in rows]
+        return data, [table(("place", "chosen", "why"), told)]
+    return data, [line for row in rows for line in _options(row)]
+
+
+def _options(row: Row) -> Lines:
+    options = [
+        (
+            f"{option.option}{' *' if option.option == row.chosen else ''}",
+            "not measured" if option.error is None else f"{option.error:.3g}",
+            f"{option.bytes:+,}",
+            f"{1e6 * option.seconds:+.3g} us",
+        )
+        for option in row.options
+    ]
+    listed = table(("option (* chosen)", "error", "bytes", "seconds"), options, right=3)
+    return [row.place, listed, row.why] if options else [f"{row.place}: {row.why}"]
+
+
+def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:
+    """What a bundle holds and claims."""
+    manifest, predicted, measured = bundle.manifest, bundle.manifest["predicted"], bundle.measurements
+    backend, target = manifest["backend"]["name"], manifest["target"]["name"]
+    facts: dict[str, object] = {
+        "output": str(bundle.folder),
+        "backend": backend,
+        "target": target,
+        "complete": not cut_short(bundle),
+        "fingerprints": manifest["fingerprints"],
+        "engine_bytes": bundle.engine_bytes,
+        "predicted": predicted,
+        "quality": manifest["quality"],
+        "measured": measured,
+        "report": str(bundle.folder / "report.html"),
+    }
+    lines = [f"{bundle.folder}: {bundle.graph.name} for {target}, engine of {backend}, {size(bundle.engine_bytes)}"]
+    if "baseline_bytes" in predicted:
+        before, after = predicted["baseline_bytes"], predicted["bytes"]
+        lines.append(f"weights    {size(before)} to {size(after)}, {ratio(before, after)} smaller")
+        lines.append(f"predicted  {_faster(predicted['baseline_seconds'], predicted['seconds'])} on {target}")
+    if "engine" in measured and "eager" in measured:
+        timing = _faster(measured["eager"]["seconds"], measured["engine"]["seconds"])
+        lines.append(f"measured   {timing} on {measured['engine']['device']}")
+    quality = manifest["quality"]
+    lines += _metrics(quality.get("metrics", {}), _bounds(str(quality.get("goal") or "")))
+    return facts, [*lines, f"report     {facts['report']}"]
+
+
+def cut_short(bundle: Bundle) -> bool:
+    """Whether the search behind the bundle ran out of time."""
+    return bundle.plan is not None and bundle.plan.notes.get("complete") is False
+
+
+def verified(report: VerifyReport) -> Lines:
+    """The checks of a bundle, one a line."""
+    rows = [("passed" if check.passed else "FAILED", check.name, check.detail) for check in report.checks]
+    return [report.folder, table(("", "check", "found"), rows)]
+
+
+def pairs(facts: Mapping[str, object], *, indent: str = "") -> list[str]:
+    """Keys and values for a person, nested ones indented."""
+    lines: list[str] = []
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{key}", *pairs(value, indent=indent + "  ")]
+        elif isinstance(value, list | tuple):
+            lines.append(f"{indent}{key}: {', '.join(map(str, value)) or 'none'}")
+        elif isinstance(value, float):
+            lines.append(f"{indent}{key}: {value:.4g}")
+        else:
+            lines.append(f"{indent}{key}: {value}")
+    return lines
+
+
+def timed(facts: Mapping[str, Any]) -> Lines:
+    """What the clock said of an engine."""
+    spread = f"quartiles {duration(facts['low'])} to {duration(facts['high'])}"
+    return [
+        f"{facts['what']}: {duration(facts['seconds'])} a call, {spread}, {facts['repeats']} calls; {facts['device']}"
+    ]
+
+
+def _faster(before: float, after: float) -> str:
+    return f"{duration(before)} to {duration(after)} a call, {ratio(before, after)} as fast"
+
+
+def _metrics(metrics: Mapping[str, Any], bounds: Mapping[str, float]) -> list[str]:
+    lines: list[str] = []
+    for name, metric in metrics.items():
+        text = f"{METRICS.get(name, name)}: {figure(name, metric['mean'])}"
+        if metric["low"] is not None:
+            text += f" (95 % interval {figure(name, metric['low'])} to {figure(name, metric['high'])})"
+        text += f", worst {figure(name, metric['worst'])}"
+        text += "" if metric["floor"] is None else f", floor {figure(name, metric['floor'])}"
+        text += f", asked {figure(name, bounds[name])}" if name in bounds else ""
+        lines.append(f"quality    {text}")
+    return lines
+
+
+def _bounds(goal: str) -> dict[str, float]:
+    return {name: float(bound) for name, _, bound in (term.partition(">=") for term in goal.split(",") if term)}
