@@ -1,0 +1,158 @@
+"""Give ONNX its own operators where a graph spells them out: rotary embeddings, and attention without transpositions.
+
+    %e, %o = aten.unbind.int(self=view(%x))
+    %a = %e * %cos - %o * %sin                     %r = intarsia_onnx.rotary(input=%x, cos=%cos, sin=%sin, heads=4)
+    %b = %e * %sin + %o * %cos             ->
+    %r = flatten(stack([%a, %b]))                  with cos and sin as tables (S, D/2)
+
+    %q, %k, %v = permute([0, 2, 1, 3])
+    %s = aten.scaled_dot_product_attention ->      %y = intarsia_onnx.attention(query=..., key=..., value=...)
+    %y = permute([0, 2, 1, 3])
+
+Measured on wan-mini's shape with ONNX Runtime 1.31, beside torch.onnx's export of the module: docs/decisions/002.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from intarsia.ir.graph import Arg, Graph, Node, Ref, Value
+from intarsia.ir.rewrite import drop_unused, rewrite
+from intarsia.ir.types import TensorType
+
+_DEFAULTS: dict[str, Arg] = {"attn_mask": None, "dropout_p": 0.0, "enable_gqa": False}
+
+
+def fuse(graph: Graph) -> Graph:
+    """The graph with whole operators where it had the pieces; what does not match stays."""
+    rotary = _Rotary(graph)
+    graph = rewrite(graph, rotary.rule)
+    return drop_unused(rewrite(graph, lambda node: _attention(node, graph)))
+
+
+def _attention(node: Node, graph: Graph) -> Sequence[Node] | None:
+    """The transposition after an attention, as the attention itself."""
+    inner = _untransposed(node, graph)
+    call = graph.producers.get(inner or "")
+    if call is None or call.op != "aten.scaled_dot_product_attention" or len(graph.users[call.name]) > 1:
+        return None
+    if call.name in graph.outputs or any(call.args.get(key, value) != value for key, value in _DEFAULTS.items()):
+        return None
+    before = {key: _untransposed(graph.producers.get(call.ref(key)), graph) for key in ("query", "key", "value")}
+    if None in before.values() or not all(isinstance(graph.type(str(name)).shape[2], int) for name in before.values()):
+        return None
+    args: dict[str, Arg] = {key: Ref(str(name)) for key, name in before.items()}
+    args |= {"is_causal": call.args.get("is_causal", False), "scale": call.args.get("scale")}
+    return [Node("intarsia_onnx.attention", args, node.outputs, call.source)]
+
+
+def _untransposed(node: Node | None, graph: Graph) -> str | None:
+    """What ``node`` transposes from heads-first to heads-beside-channels or back; None if it does not."""
+    if node is None:
+        return None
+    swaps = (node.op == "aten.permute" and node.args["dims"] == (0, 2, 1, 3)) or (
+        node.op == "aten.transpose.int" and {node.args["dim0"], node.args["dim1"]} in ({1, 2}, {-3, -2})
+    )
+    return node.ref("self") if swaps and len(node.type.shape) == 4 else None
+
+
+class _Rotary:
+    """Replaces the flattening after a rotation of pairs by the rotation; all layers share its tables and positions."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.made: set[str] = set()
+
+    def rule(self, node: Node) -> Sequence[Node] | None:
+        """What stands in place of ``node``, with the tables at their first use."""
+        match = _Rotation.ending_at(node, self.graph)
+        if match is None or not match.fits(node, self.graph):
+            return None
+        batch, length, heads, channels = node.type.shape
+        assert isinstance(channels, int)
+        table = TensorType(node.type.dtype, (length, channels // 2))
+        tables = [
+            Node("aten.squeeze.dims", {"self": Ref(name), "dim": (0, 2)}, (Value(f"{name}.by_position", table),))
+            for name in (match.cos, match.sin)
+        ]
+        name = f"positions[{batch}, {length}]"
+        index = Value(name, TensorType("i64", (batch, length)))
+        tables.append(Node("intarsia_onnx.positions", {"input": Ref(match.input)}, (index,)))
+        args: dict[str, Arg] = {"input": Ref(match.input), "heads": heads}
+        args |= {key: Ref(made.name) for key, made in zip(("cos", "sin", "positions"), tables, strict=True)}
+        first = [made for made in tables if made.name not in self.made]
+        self.made.update(made.name for made in first)
+        return [*first, Node("intarsia_onnx.rotary", args, node.outputs, node.source)]
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """Names of what a rotation reads."""
+
+    input: str
+    cos: str
+    sin: str
+
+    @classmethod
+    def ending_at(cls, node: Node, graph: Graph) -> _Rotation | None:
+        """The rotation whose result ``node`` flattens."""
+        halves = _stacked(node, graph)
+        difference = _products(halves[0], "aten.sub.Tensor", graph) if halves else None
+        added = _products(halves[1], "aten.add.Tensor", graph) if halves else None
+        if difference is None or added is None:
+            return None
+        (even, cos), (odd, sin) = difference
+        if set(added) != {(even, sin), (odd, cos)}:
+            return None
+        input = _paired(even, odd, graph)
+        return cls(input, cos, sin) if input else None
+
+    def fits(self, node: Node, graph: Graph) -> bool:
+        """Whether the shapes are those of ONNX's RotaryEmbedding: tables (1, S, 1, D/2), one element type."""
+        input, cos, sin, output = graph.type(self.input), graph.type(self.cos), graph.type(self.sin), node.type
+        if len(output.shape) != 4 or output.shape[:2] != input.shape[:2] or len(input.shape) not in (3, 4):
+            return False
+        heads, channels = output.shape[2:]
+        if not isinstance(heads, int) or not isinstance(channels, int):
+            return False
+        last = (heads, channels) if len(input.shape) == 4 else (heads * channels,)
+        table = TensorType(input.dtype, (1, output.shape[1], 1, channels // 2))
+        return input.shape[2:] == last and output.dtype == input.dtype and cos == sin == table
+
+
+def _stacked(node: Node, graph: Graph) -> tuple[str, str] | None:
+    """The two values that ``node`` flattens into neighbouring channels."""
+    stack = graph.producers.get(node.ref("self")) if node.op == "aten.flatten.using_ints" else None
+    if stack is None or stack.op != "aten.stack" or stack.args.get("dim") not in (4, -1) or len(stack.inputs) != 2:
+        return None
+    return stack.inputs[0], stack.inputs[1]
+
+
+def _paired(even: str, odd: str, graph: Graph) -> str | None:
+    """The value whose neighbouring channels ``even`` and ``odd`` are."""
+    unbind = graph.producers.get(even)
+    if unbind is None or unbind.op != "aten.unbind.int" or unbind.args.get("dim", 0) not in (4, -1):
+        return None
+    view = graph.producers.get(unbind.ref("self"))
+    if view is None or view.op != "aten.view" or [value.name for value in unbind.outputs] != [even, odd]:
+        return None
+    return view.ref("self")
+
+
+Factors = tuple[str, str]
+
+
+def _products(name: str, op: str, graph: Graph) -> tuple[Factors, Factors] | None:
+    """The factors, half and table, of both products that the call ``name`` of ``op`` adds or subtracts."""
+    node = graph.producers.get(name)
+    if node is None or node.op != op or node.args.get("alpha", 1) != 1 or len(node.inputs) != 2:
+        return None
+    first, second = (_factors(graph.producers.get(term)) for term in node.inputs)
+    return (first, second) if first and second else None
+
+
+def _factors(node: Node | None) -> Factors | None:
+    if node is None or node.op != "aten.mul.Tensor" or len(node.inputs) != 2:
+        return None
+    return node.inputs[0], node.inputs[1]

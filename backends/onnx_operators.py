@@ -1,0 +1,136 @@
+"""What ONNX has whole and PyTorch has in pieces, as PyTorch operators, and how operators are spelled in ONNX.
+
+``intarsia_onnx::rotary`` and ``intarsia_onnx::attention`` stand in graphs between ``onnx_fusion.fuse`` and the export.
+The products with weights leave the export as calls of a private domain, which ``onnx_model`` replaces: only there can
+a weight be stored in eight and four bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+DOMAIN = "intarsia"
+"""Of the calls that ``onnx_model`` replaces; none is left in a file."""
+
+OPSET = 23
+"""The first with Attention, RMSNormalization and RotaryEmbedding; ONNX Runtime 1.31 runs up to 26."""
+
+
+@torch.library.custom_op("intarsia_onnx::positions", mutates_args=())
+def positions(input: Tensor) -> Tensor:
+    """0 to S-1 for each row of input (B, S, ...): int64 (B, S)."""
+    return torch.arange(input.shape[1]).expand(input.shape[:2]).contiguous()
+
+
+@positions.register_fake
+def _(input: Tensor) -> Tensor:
+    return input.new_empty(input.shape[:2], dtype=torch.int64)
+
+
+@torch.library.custom_op("intarsia_onnx::rotary", mutates_args=())
+def rotary(input: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int) -> Tensor:
+    """Input (B, S, heads*D) or (B, S, heads, D), neighbouring pairs turned by cos and sin (P, D/2) at positions (B, S).
+
+    Gives (B, S, heads, D).
+    """
+    even, odd = input.reshape(*input.shape[:2], heads, -1, 2).unbind(-1)
+    cos, sin = cos[positions].unsqueeze(2), sin[positions].unsqueeze(2)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(3)
+
+
+@rotary.register_fake
+def _(input: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int) -> Tensor:
+    return input.new_empty((*input.shape[:2], heads, 2 * cos.shape[1]))
+
+
+@torch.library.custom_op("intarsia_onnx::attention", mutates_args=())
+def attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+    """Query (B, S, H, D), key (B, T, H, D), value (B, T, H, E), heads beside channels: (B, S, H, E)."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    answer = scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+    return answer.transpose(1, 2).contiguous()
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+def translations() -> Mapping[Callable[..., Any], Callable[..., Any]]:
+    """How torch.onnx spells our operators, and the products with weights, in ONNX."""
+    return {
+        torch.ops.intarsia_onnx.positions.default: _positions,
+        torch.ops.intarsia_onnx.rotary.default: _rotary,
+        torch.ops.intarsia_onnx.attention.default: _attention,
+        torch.ops.aten.linear.default: _linear,
+        torch.ops.intarsia.linear_i8.default: _linear_i8,
+        torch.ops.intarsia.linear_i4.default: _linear_i4,
+    }
+
+
+def _positions(input: Any) -> Any:
+    from onnxscript import opset23 as op
+
+    count = op.Squeeze(op.Shape(input, start=1, end=2))
+    return op.Expand(op.Range(0, count, 1), op.Shape(input, start=0, end=2))
+
+
+def _rotary(input: Any, cos: Any, sin: Any, positions: Any, heads: int) -> Any:
+    from onnxscript import opset23 as op
+
+    flat = op.Reshape(input, [0, 0, -1])
+    turned = op.RotaryEmbedding(flat, cos, sin, positions, interleaved=1, num_heads=heads)
+    return op.Reshape(turned, [0, 0, heads, -1])
+
+
+def _attention(query: Any, key: Any, value: Any, is_causal: bool, scale: float | None) -> Any:
+    """Heads stay beside channels: ONNX Runtime reads them strided, which saves four transpositions."""
+    from onnxscript import opset23 as op
+
+    heads, kv_heads = query.shape[2], key.shape[2]
+    flat = [op.Reshape(tensor, [0, 0, -1]) for tensor in (query, key, value)]
+    given = {} if scale is None else {"scale": scale}
+    answer, *_ = op.Attention(*flat, q_num_heads=heads, kv_num_heads=kv_heads, is_causal=int(is_causal), **given)
+    return op.Reshape(answer, [0, 0, heads, -1])
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    return _private("linear", ("input", "weight", "bias"))(input, weight, bias)
+
+
+def _linear_i8(input: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
+    return _private("linear_i8", ("input", "weight", "scale", "bias"))(input, weight, scale, bias)
+
+
+def _linear_i4(input: Any, packed: Any, scale: Any, bias: Any = None, group: int = 0) -> Any:
+    return _private("linear_i4", ("input", "packed", "scale", "bias"), "group")(input, packed, scale, bias, group=group)
+
+
+@lru_cache
+def _private(name: str, inputs: Sequence[str], *attributes: str) -> Callable[..., Any]:
+    """A call in the private domain: the last input optional, the output typed like the first."""
+    from onnx.defs import OpSchema
+    from onnxscript.values import Op, Opset
+
+    optional = OpSchema.FormalParameterOption.Optional
+    types = [f"tensor({dtype})" for dtype in ("float", "float16", "bfloat16", "double", "int8", "uint8")]
+    schema = OpSchema(
+        name,
+        DOMAIN,
+        1,
+        inputs=[
+            *(OpSchema.FormalParameter(key, f"T{index}") for index, key in enumerate(inputs[:-1])),
+            OpSchema.FormalParameter(inputs[-1], f"T{len(inputs) - 1}", param_option=optional),
+        ],
+        outputs=[OpSchema.FormalParameter("output", "T0")],
+        type_constraints=[(f"T{index}", types, "") for index in range(len(inputs))],
+        attributes=[OpSchema.Attribute(key, OpSchema.AttrType.INT, "", required=True) for key in attributes],
+    )
+    call: Callable[..., Any] = Op(Opset(DOMAIN, 1), name, schema)
+    return call
