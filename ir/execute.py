@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from .errors import InvalidGraph, Unsupported
 from .graph import Graph, Node
 from .operators import DTYPE_NAMES, DTYPES, from_arg, resolve, returns_sequence
-from .sizes import evaluate
+from .sizes import Size, evaluate
 from .types import ScalarType, TensorType, Type
 
 
@@ -39,10 +40,9 @@ def to_module(graph: Graph, weights: Mapping[str, Tensor]) -> torch.fx.GraphModu
     """A module that runs ``graph`` eagerly, weights as buffers, and that ``torch.export`` accepts."""
     fx = torch.fx.Graph()
     root = torch.nn.Module()
-    # "input_" keeps an input called "self" or "forward" from shadowing the module's own names.
     env: dict[str, torch.fx.Node] = {}
     for index, value in enumerate(graph.inputs):
-        env[value.name] = fx.placeholder(value.name if value.name.isidentifier() else f"input_{index}")
+        env[value.name] = fx.placeholder(value.name if _may_be_argument(value.name) else f"input_{index}")
     for index, param in enumerate(graph.params):
         root.register_buffer(f"param_{index}", weights[param.name])
         env[param.name] = fx.get_attr(f"param_{index}")
@@ -51,6 +51,11 @@ def to_module(graph: Graph, weights: Mapping[str, Tensor]) -> torch.fx.GraphModu
     fx.output(tuple(env[name] for name in graph.outputs))
     module = torch.fx.GraphModule(root, fx, class_name="IntarsiaGraph")
     return module.eval()
+
+
+def _may_be_argument(name: str) -> bool:
+    """Whether generated code may call an argument so: a word that shadows nothing that the code itself says."""
+    return name.isidentifier() and not iskeyword(name) and name not in {"self", "torch", "device", "inf", "nan"}
 
 
 def _add_call(fx: torch.fx.Graph, node: Node, env: dict[str, torch.fx.Node]) -> None:
@@ -70,16 +75,21 @@ def _add_call(fx: torch.fx.Graph, node: Node, env: dict[str, torch.fx.Node]) -> 
 def check_types(graph: Graph) -> None:
     """Raise InvalidGraph at the first node whose declared types are not what PyTorch's fake kernel gives.
 
-    A graph with named sizes is asked twice, with different sizes.
+    A graph with named sizes is asked twice, each time with another extent for each size where its range allows.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for low in (3, 5) if graph.sizes else (1,):
-        sizes = {s.name: min(max(s.minimum, low), s.maximum or low) for s in graph.sizes}
+        sizes = {size.name: _inside(size, low + index) for index, size in enumerate(graph.sizes)}
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             values: dict[str, Any] = {v.name: _stand_in(v.type, sizes) for v in (*graph.inputs, *graph.params)}
             for node in graph.nodes:
                 _check_node(node, values, sizes)
+
+
+def _inside(size: Size, extent: int) -> int:
+    raised = max(size.minimum, extent)
+    return raised if size.maximum is None else min(raised, size.maximum)
 
 
 def _check_node(node: Node, values: dict[str, Any], sizes: Mapping[str, int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import InvalidGraph, UsageError
 from .execute import evaluate_nodes, to_module
-from .graph import Graph, Node, Value
+from .graph import Arg, Graph, Node, Ref, Value
 from .operators import DTYPE_NAMES
 from .types import TensorType
 
@@ -53,6 +53,8 @@ class Program:
 def materialize(program: Program) -> Program:
     """Run once, at build time, every node that needs no input, and keep what it gives as parameters.
 
+    A number that such a node gives is written where it is used.
+
         param %w: f32[4, 4]
         %w8: i8[4, 4], %s: f32[4] = intarsia.quantize_rows(weight=%w)      param %w8: i8[4, 4]
         %y: f32[N, 4] = intarsia.linear_i8(input=%x, weight=%w8, ...)  ->  param %s: f32[4]
@@ -67,19 +69,28 @@ def materialize(program: Program) -> Program:
         if value.name in needed and isinstance(values[value.name], Tensor)
     )
     kept = tuple(param for param in program.graph.params if param.name in needed)
-    numbers = tuple(node for node in constant if any(v.name in needed and v not in made for v in node.outputs))
-    names = {value.name for value in made}
-    numbers = tuple(node for node in numbers if not any(value.name in names for value in node.outputs))
+    numbers = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+    nodes = tuple(_with_numbers(node, numbers) if numbers else node for node in dynamic)
     graph = Graph(
         program.graph.name,
         program.graph.inputs,
         kept + made,
-        numbers + dynamic,
+        nodes,
         program.graph.outputs,
         program.graph.sizes,
     )
     weights = {param.name: values[param.name].contiguous() for param in graph.params}
     return Program(graph, weights)
+
+
+def _with_numbers(node: Node, numbers: Mapping[str, int | float | bool]) -> Node:
+    return replace(node, args={key: _with_number(arg, numbers) for key, arg in node.args.items()})
+
+
+def _with_number(arg: Arg, numbers: Mapping[str, int | float | bool]) -> Arg:
+    if isinstance(arg, Ref):
+        return numbers.get(arg.name, arg)
+    return tuple(_with_number(item, numbers) for item in arg) if isinstance(arg, tuple) else arg
 
 
 def split_constant(graph: Graph) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
@@ -129,10 +140,20 @@ def example_inputs(
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write the tensors as safetensors, sorted by name, so that equal weights give equal bytes."""
+    """Write the tensors as safetensors, sorted by name, so that equal weights give equal bytes.
+
+    Tensors that share memory, such as tied weights, are written each in full.
+    """
     from safetensors.torch import save_file
 
-    save_file({name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}, path)
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    save_file(tensors, path)
 
 
 def load_program(path: Path, *, weights: Path | None = None) -> Program:
