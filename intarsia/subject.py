@@ -1,0 +1,227 @@
+"""What is being worked on: a model by name, a graph file or a user's module, and how to judge a changed one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.backends.null import NullEngine
+from intarsia.backends.runner import denoiser
+from intarsia.ir.errors import UsageError
+from intarsia.ir.exported import Dynamic
+from intarsia.ir.exported import trace as trace_module
+from intarsia.ir.graph import Graph
+from intarsia.ir.program import Program, example_inputs, load_program, materialize
+from intarsia.ir.types import TensorType
+from intarsia.models import base as models
+from intarsia.passes.base import find_pass
+from intarsia.search.progress import Progress
+from intarsia.search.workload import Run, Workload
+
+if TYPE_CHECKING:
+    from intarsia.models.sampler import Denoise, FlowMatchEuler
+
+SPLITS = ("calibration", "validation", "held-out")
+"""Disjoint noise: errors are measured on the first, the search looks at the second, claims are made on the third."""
+
+SAMPLES: Mapping[str, Mapping[str, int]] = {
+    "quick": {"calibration": 1, "validation": 2, "held-out": 8},
+    "default": {"calibration": 2, "validation": 4, "held-out": 16},
+    "full": {"calibration": 4, "validation": 8, "held-out": 64},
+}
+"""Videos (or batches of random inputs) drawn for each split, by effort."""
+
+RECORDED_STEPS = 4
+"""Denoising steps of each calibration video, evenly spread, at which the denoiser's inputs are kept."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A program with the name it goes by, and the model of the registry it came from, if any."""
+
+    name: str
+    program: Program
+    model: models.Model | None = None
+
+
+def resolve(
+    model: str | Path | nn.Module,
+    *,
+    inputs: Mapping[str, Tensor] | None = None,
+    static: Mapping[str, object] | None = None,
+    dynamic: Dynamic | None = None,
+    meta: bool = False,
+    raw: bool = False,
+    weights: Path | None = None,
+) -> Subject:
+    """The subject that ``model`` stands for: a name of the registry, the path of a ``.graph`` file, or a module.
+
+    Args:
+        model: A module needs ``inputs``, example tensors by the names of its forward's parameters.
+        inputs: Example inputs; a registered model has its own.
+        static: Arguments of forward that are fixed.
+        dynamic: Axes that may vary, such as ``{"x": {0: "N"}}``.
+        meta: Build without memory for weights.
+        raw: Keep the trace as it came, without the clean-up passes.
+        weights: Safetensors (a file or a folder) to use in place of shipped or random weights.
+
+    Raises:
+        UsageError: Unknown model, missing file, or a module without inputs.
+        Unsupported: The model cannot be traced.
+    """
+    if isinstance(model, nn.Module):
+        if inputs is None:
+            raise UsageError("trace of a module needs inputs={name: example tensor}")
+        program = trace_module(model, inputs, static=static, dynamic=dynamic)
+        return Subject(program.graph.name, program if raw else clean(program))
+    if str(model).endswith(".graph"):
+        program = load_program(Path(model), weights=weights)
+        return Subject(program.graph.name, program, registered(program.graph.name))
+    found = models.find(str(model))
+    module = models.meta(found) if meta else models.load(found, weights=weights)
+    with torch.device("meta" if meta else "cpu"):
+        examples = dict(inputs or found.inputs())
+    program = trace_module(module, examples, static=found.static, dynamic=dynamic, name=found.name)
+    return Subject(found.name, program if raw else clean(program), found)
+
+
+def clean(program: Program) -> Program:
+    """The program after the clean-up passes, parameters that nobody uses dropped."""
+    from intarsia.ir.target import load_target
+
+    graph = find_pass("clean").run(program.graph, load_target("null"), {})
+    return Program(graph, {param.name: program.weights[param.name] for param in graph.params})
+
+
+def registered(name: str) -> models.Model | None:
+    """The model of the registry that a graph was traced from, by its name."""
+    return models.find(name) if name in models.names() else None
+
+
+def workload(subject: Subject, *, seed: int, effort: str, progress: Progress, record: bool = True) -> Workload:
+    """What the search judges a changed program by.
+
+    A model with a sampler and prompts is judged on whole videos; any other graph on its outputs for random inputs.
+    ``record=False`` leaves out the calibration inputs, which cost whole videos of the unchanged model.
+    """
+    if effort not in SAMPLES:
+        raise UsageError(f"effort {effort!r} is unknown. Known: {', '.join(SAMPLES)}")
+    model, graph = subject.model, subject.program.graph
+    if model is None or model.sampler is None or model.condition is None:
+        return _random_workload(graph, seed=seed, effort=effort)
+    videos = _VideoWorkload(graph, model, seed, effort)
+    return Workload(videos.recorded(subject.program, progress) if record else (), videos.outputs, videos.describe())
+
+
+def _random_workload(graph: Graph, *, seed: int, effort: str) -> Workload:
+    def batches(split: str) -> list[tuple[Tensor, ...]]:
+        first = seed * 3_000 + 1_000 * SPLITS.index(split)
+        return [example_inputs(graph, seed=first + index) for index in range(4 * SAMPLES[effort][split])]
+
+    def outputs(run: Run, split: str, progress: Progress) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([run(*batch)[0].float() for batch in batches(split)])
+
+    describe = {
+        "kind": "outputs on random inputs",
+        "seed": seed,
+        "effort": effort,
+        "samples": {split: 4 * count for split, count in SAMPLES[effort].items()},
+    }
+    return Workload(tuple(batches("calibration")), outputs, describe)
+
+
+@dataclass(frozen=True)
+class _VideoWorkload:
+    """Whole videos from the model's sampler, one guided video a run."""
+
+    graph: Graph
+    model: models.Model
+    seed: int
+    effort: str
+
+    def describe(self) -> dict[str, object]:
+        """What tells this workload from others."""
+        return {
+            "kind": "videos",
+            "model": self.model.name,
+            "seed": self.seed,
+            "effort": self.effort,
+            "samples": dict(SAMPLES[self.effort]),
+            "sampler": json.loads(self._sampler.to_json()),
+        }
+
+    @property
+    def _sampler(self) -> FlowMatchEuler:
+        assert self.model.sampler is not None
+        return self.model.sampler
+
+    def outputs(self, run: Run, split: str, progress: Progress) -> Tensor:
+        """Videos (N, C, F, H, W) in [-1, 1] of a split."""
+        return self._videos(cast("Denoise", denoiser(run, self.graph)), split, progress)
+
+    def _videos(self, denoise: Denoise, split: str, progress: Progress) -> Tensor:
+        """Splits share neither noise nor, as far as there are enough, prompts."""
+        place, known = SPLITS.index(split), self.model.prompts
+        count = SAMPLES[self.effort][split]
+        prompts = [known[(self.seed + 16 * place + index) % len(known)] for index in range(count)]
+        progress.start(f"{split} videos", count * self._sampler.steps)
+        made = sampled(
+            denoise, self.graph, self.model, self._sampler, prompts, seed=3 * self.seed + place, progress=progress
+        )
+        progress.finish()
+        return made
+
+    def recorded(self, program: Program, progress: Progress) -> tuple[tuple[Tensor, ...], ...]:
+        """The denoiser's inputs at evenly spread steps of the calibration videos of the unchanged model."""
+        run, steps = NullEngine(materialize(program)), self._sampler.steps
+        every = max(1, steps // RECORDED_STEPS)
+        recorded: list[tuple[Tensor, ...]] = []
+        count = 0
+
+        def record(*inputs: Tensor) -> tuple[Tensor, ...]:
+            nonlocal count
+            if count % steps % every == every // 2:
+                recorded.append(tuple(tensor.clone() for tensor in inputs))
+            count += 1
+            return run(*inputs)
+
+        self._videos(cast("Denoise", denoiser(record, self.graph)), "calibration", progress)
+        return tuple(recorded)
+
+
+def video_shape(graph: Graph) -> tuple[int, ...]:
+    """Extents (C, F, H, W) of one video of the graph's first input; UsageError if they are not fixed."""
+    type_ = graph.inputs[0].type
+    assert isinstance(type_, TensorType)
+    if not all(isinstance(dim, int) for dim in type_.shape[1:]):
+        raise UsageError(f"graph {graph.name}: videos need fixed sizes, input %{graph.inputs[0].name} is {type_}")
+    return tuple(int(dim) for dim in type_.shape[1:])
+
+
+def sampled(
+    denoise: Denoise,
+    graph: Graph,
+    model: models.Model,
+    sampler: FlowMatchEuler,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    progress: Progress,
+) -> Tensor:
+    """Videos (N, C, F, H, W) in [-1, 1], one a prompt, one after the other; video i has noise i of ``seed``."""
+    from intarsia.models.sampler import noise
+
+    assert model.condition is not None
+    made: list[Tensor] = []
+    for index, prompt in enumerate(prompts):
+        start = noise(video_shape(graph), seed=seed, count=1, first=index)
+        conditioning = model.condition([prompt])
+        made.append(sampler.sample(denoise, start, conditioning, progress=lambda _done, _all: progress.advance()))
+    return torch.cat(made).clamp(-1, 1)
