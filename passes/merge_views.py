@@ -11,7 +11,7 @@ from intarsia.ir.plan import Chosen
 from intarsia.ir.rewrite import rewrite
 from intarsia.ir.target import Target
 from intarsia.passes.base import Pass
-from intarsia.passes.layout import Layouts, layouts, reshape_gives_rows
+from intarsia.passes.layout import Layouts, is_contiguous, layouts, reshape_gives_rows
 
 OUTER = frozenset({"aten.view", "aten._unsafe_view"})
 """Views that spell their extents out, and so can look straight at what lies beneath."""
@@ -37,7 +37,9 @@ class MergeViews(Pass):
         %d: f32[48] = aten.reshape(self=%p, shape=[48])
 
     What else uses the inner call keeps it. Whatever two views express, one can: each regroups neighbouring axes, and
-    regrouping twice is regrouping. A reshape stands for a copy only where it certainly lies as the copy would.
+    regrouping twice is regrouping. A reshape stands for a copy only where it certainly lies as the copy would; and for
+    a view of what may lie otherwise on another device, where the view would fail (attention is traced on one device
+    with tokens before heads in memory, on another with heads before tokens).
     """
 
     name: ClassVar[str] = "merge-views"
@@ -54,21 +56,22 @@ class MergeViews(Pass):
             lowest = beneath.setdefault(node.name, beneath.get(source.name, source))
             if node.op not in OUTER:
                 return None
-            copied = _copied(lowest.name, node, graph, known)
-            if copied is not None:
-                return [replace(node, op="aten.reshape", args={"self": copied, "shape": node.args["size"]})]
+            if reshaped := _reshaped(lowest, node, graph, known):
+                return [replace(node, op="aten.reshape", args={"self": reshaped, "shape": node.args["size"]})]
             return None if lowest == source else [replace(node, args={**node.args, "self": lowest})]
 
         return rewrite(graph, rule)
 
 
-def _copied(name: str, view: Node, graph: Graph, known: Layouts) -> Ref | None:
-    """What the value called ``name`` is a row-by-row copy of, if a reshape of that certainly lies as ``view`` does."""
-    copy = graph.producers.get(name)
+def _reshaped(source: Ref, view: Node, graph: Graph, known: Layouts) -> Ref | None:
+    """What a reshape must look at to give what ``view`` of ``source`` gives, lying alike; None if a view it stays."""
+    if source.name in known and not is_contiguous(source.name, known):
+        return source
+    copy = graph.producers.get(source.name)
     if copy is None or copy.op != "aten.clone" or copy.args.get("memory_format") != Symbol("torch.contiguous_format"):
         return None
-    source = Ref(copy.ref("self"))
-    orders = known.get(source.name)
-    if orders is None or not reshape_gives_rows(orders, graph.type(source.name).shape, view.type.shape):
+    copied = Ref(copy.ref("self"))
+    orders = known.get(copied.name)
+    if orders is None or not reshape_gives_rows(orders, graph.type(copied.name).shape, view.type.shape):
         return None
-    return source
+    return copied
