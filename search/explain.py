@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import cast
+from typing import Any, cast
 
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
@@ -86,10 +86,9 @@ def noted(plan: Plan) -> dict[tuple[int, str], tuple[Weighed, ...]]:
     """What the search wrote into the plan, by pass and place; empty for a plan that no search made."""
     found: dict[tuple[int, str], tuple[Weighed, ...]] = {}
     for entry in cast("list[dict[str, object]]", plan.notes.get("places", [])):
-        options = cast("dict[str, dict[str, float]]", entry["options"])
+        options = cast("list[dict[str, Any]]", entry["options"])
         found[cast(int, entry["step"]), str(entry["place"])] = tuple(
-            Weighed(option, numbers["seconds"], int(numbers["bytes"]), numbers["error"])
-            for option, numbers in options.items()
+            Weighed(each["option"], each["seconds"], int(each["bytes"]), each["error"]) for each in options
         )
     return found
 

@@ -43,7 +43,7 @@ class Effort:
 
 EFFORTS: Mapping[str, Effort] = {
     "quick": Effort(batches=2, trials=5, tolerance=1.5),
-    "default": Effort(batches=4, trials=8, tolerance=1.1),
+    "default": Effort(batches=3, trials=8, tolerance=1.1),
     "full": Effort(batches=16, trials=16, tolerance=1.03),
 }
 
@@ -110,9 +110,9 @@ def search(
         raise UsageError(f"effort {effort!r} is unknown. Known: {', '.join(EFFORTS)}")
     if program.is_meta:
         raise UsageError(f"graph {program.graph.name}: a search measures, and the weights are on the meta device")
-    told = progress or Silent()
+    told = Silent() if progress is None else progress
     deadline = Deadline.after(budget)
-    judge = Judge(program, workload, journal or Journal(), told, deadline)
+    judge = Judge(program, workload, Journal() if journal is None else journal, told, deadline)
     study = _Study(program, target, tuple(passes), workload, goal, minimize, EFFORTS[effort], judge, told, deadline)
     settings = {"goal": str(goal), "minimize": minimize, "effort": effort, "seed": seed}
     return study.result(settings, tuple(notations or map(str, passes)))
@@ -301,14 +301,15 @@ class _Study:
 
     def _place_note(self, number: int) -> dict[str, object]:
         place, prices, errors = self.places[number], self.prices[number], self.errors[number]
-        options = {
-            option: {
+        options = [
+            {
+                "option": option,
                 "error": digits(error),
                 "seconds": digits(price.seconds - prices[0].seconds),
                 "bytes": price.bytes - prices[0].bytes,
             }
             for option, error, price in zip(place.options, errors, prices, strict=True)
-        }
+        ]
         return {"step": place.step, "place": place.name, "options": options}
 
 

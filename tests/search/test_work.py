@@ -13,7 +13,7 @@ from torch import nn
 from intarsia.ir.errors import InvalidGraph
 from intarsia.ir.exported import trace
 from intarsia.ir.graph import Graph
-from intarsia.search.work import CLASSES, attention_sites, node_work, summary, weight_bytes
+from intarsia.search.work import CLASSES, attention_sites, node_work, sizes_of, summary, weight_bytes
 
 
 def work(line: str, header: str = "input %x: f32[2, 8, 16]\n param %w: f32[32, 16]") -> tuple[float, int]:
@@ -209,6 +209,17 @@ def test_wan_14b_agrees_with_the_published_formula_of_its_operations():
     assert found.flops_by_class["cross-attention"] == 4 * tokens * text * width * layers
     formula = attention + 2 * tokens * per_token
     assert found.flops - found.flops_by_class["cross-attention"] == pytest.approx(formula, rel=5e-3)
+
+
+def test_named_sizes_are_read_off_inputs_through_the_expressions_that_name_them():
+    graph = Graph.parse("""graph g {
+      size H in [1, 64]
+      size N in [1, 64]
+      input %x: f32[N, 4*H]
+      input %y: f32[H + 1, N*H]
+      return %x
+    }""")
+    assert sizes_of(graph, (torch.zeros(3, 20), torch.zeros(6, 15))) == {"N": 3, "H": 5}
 
 
 def test_a_graph_of_three_thousand_nodes_is_summed_up_in_well_under_a_second():
