@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 OPTIONS = ("keep", "i8", "i4(group=32)", "i4(group=64)", "i4(group=128)")
@@ -64,17 +63,18 @@ def chosen(blocks: int) -> dict[str, str]:
     return {"condition_embedder.time_proj": "i8", **found}
 
 
-def options(index: int) -> Mapping[str, Mapping[str, float]]:
+def options(index: int) -> list[dict[str, object]]:
     """Error, and change of bytes and seconds, of each option of a place."""
     saved = (0.0, 0.74, 0.84, 0.86, 0.87)
-    return {
-        option: {
+    return [
+        {
+            "option": option,
             "error": 0.0 if not level else 1e-5 * 4**level * (1 + index % 3),
             "bytes": round(-65536 * saved[level]),
             "seconds": -2e-5 * saved[level],
         }
         for level, option in enumerate(OPTIONS)
-    }
+    ]
 
 
 def tried() -> list[dict[str, object]]:
