@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
-from .errors import UsageError, Unsupported
+from .errors import Unsupported, UsageError
 from .execute import type_of
 from .graph import Arg, Graph, Node, Value
 from .operators import DTYPE_NAMES, DTYPES, name_of, to_arg
@@ -50,7 +50,7 @@ def trace(
         Unsupported: Control flow, data-dependent shapes, hidden state: all reasons at once, with module and line.
     """
     kwargs = {**inputs, **(static or {})}
-    shapes = _dynamic_shapes(inputs, dynamic or {}) | {key: None for key in static or {}}
+    shapes = _dynamic_shapes(inputs, dynamic or {}) | dict.fromkeys(static or {})
     title = name or type(module).__name__
     with torch.no_grad():
         try:
@@ -65,13 +65,18 @@ def import_program(program: ExportedProgram, *, name: str, dynamic: Dynamic | No
     """An exported program as ours, functionalized but not decomposed: ``linear`` and attention stay whole."""
     if reasons := list(_refusals(program)):
         raise Unsupported(f"{name} cannot be represented:", reasons)
-    return _Import(program.run_decompositions({}), dynamic or {}).program(name)
+    functional = program.run_decompositions({})
+    if reasons := list(_changed_in_place(functional)):
+        raise Unsupported(f"{name} cannot be represented:", reasons)
+    return _Import(functional, dynamic or {}).program(name)
 
 
 def export_program(program: Program, *, sizes: Mapping[str, int] | None = None) -> ExportedProgram:
     """Our program as an exported one; named sizes stay dynamic, with their ranges."""
     inputs = example_inputs(program.graph, sizes)
-    dims: dict[str, Any] = {size.name: Dim(size.name, min=size.minimum, max=size.maximum) for size in program.graph.sizes}
+    dims: dict[str, Any] = {
+        size.name: Dim(size.name, min=size.minimum, max=size.maximum) for size in program.graph.sizes
+    }
     shapes = tuple(_torch_dims(value.type, dims) for value in program.graph.inputs)
     with torch.no_grad():
         return torch.export.export(program.module(), inputs, dynamic_shapes=shapes, strict=False)
@@ -148,16 +153,19 @@ def _quiet_pytorch() -> Iterator[None]:
 
 
 def _refusals(program: ExportedProgram) -> Iterator[str]:
-    signature = program.graph_signature
-    for spec in signature.input_specs:
+    for spec in program.graph_signature.input_specs:
         if spec.kind in (InputKind.CUSTOM_OBJ, InputKind.TOKEN):
             yield f"{spec.target or spec.arg.name}: a script object or token; only tensors go in and out of a graph"
-    for out in signature.output_specs:
-        if out.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
-            yield f"{out.target}: is changed in place by forward; make it an input and an output"
     for fx in program.graph.nodes:
         if fx.op == "call_function" and (reason := _refusal(fx)):
             yield f"{_scope(fx) or 'the model itself'}: {reason}{_at(fx)}"
+
+
+def _changed_in_place(functional: ExportedProgram) -> Iterator[str]:
+    """State that outlives a call; only a functionalized program shows it, as outputs of their own kinds."""
+    for out in functional.graph_signature.output_specs:
+        if out.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION, OutputKind.PARAMETER_MUTATION):
+            yield f"{out.target}: is changed in place by forward; make it an input and an output"
 
 
 def _refusal(fx: torch.fx.Node) -> str | None:
@@ -198,6 +206,8 @@ def _package_path(path: Path) -> str:
 def _scope(fx: torch.fx.Node) -> str:
     stack = list(fx.meta.get("nn_module_stack", {}).values())
     path: str = stack[-1][0] if stack else ""
+    if path.startswith("_empty_nn_module_stack"):  # what PyTorch calls the place of nodes that its own passes add
+        return ""
     return ".".join(re.findall(r"\w+", path.removeprefix("L['self']").replace("_modules", "")))
 
 
@@ -296,7 +306,9 @@ class _Import:
         import sympy
 
         named = expression.xreplace({symbol: sympy.Symbol(name, integer=True) for symbol, name in self.symbols.items()})
-        text = re.sub(r"\b(PythonMod|Mod|Max|Min)\b", lambda m: {"Max": "max", "Min": "min"}.get(m[1], "mod"), str(named))
+        text = re.sub(
+            r"\b(PythonMod|Mod|Max|Min)\b", lambda m: {"Max": "max", "Min": "min"}.get(m[1], "mod"), str(named)
+        )
         return int(text) if text.lstrip("-").isdigit() else text
 
     def _name_symbols(self, dynamic: Dynamic) -> dict[Any, str]:

@@ -57,7 +57,8 @@ def resolve(op: str) -> Callable[..., Any]:
         packet = getattr(getattr(torch.ops, namespace), name)
         return getattr(packet, overload or "default")  # type: ignore[no-any-return]
     except AttributeError as error:
-        raise Unsupported(f"operator {op} is not registered with PyTorch; import the library that defines it") from error
+        message = f"operator {op} is not registered with PyTorch; import the library that defines it"
+        raise Unsupported(message) from error
 
 
 def _register_ours(op: str) -> None:

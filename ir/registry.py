@@ -37,7 +37,7 @@ def import_path(path: str) -> Any:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """One line for a name that is not known: ``pass 'quantise' is unknown; did you mean quantize-linear? Known: ...``"""
+    """One line for a name nobody has: ``pass 'quantise' is unknown; did you mean quantize-linear? Known: ...``"""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else "."
