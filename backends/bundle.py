@@ -210,11 +210,12 @@ def write_bundle(
     Raises:
         Unsupported: Operators that the backend cannot take, all at once.
         QualityError: The engine's answer to the sample is not the reference's.
-        UsageError: The folder may not be replaced or cannot be written.
+        UsageError: The folder may not be replaced or cannot be written, or the weights are on the meta device.
         MissingEnvironment: The disk is full, or a package that the backend needs is not there.
     """
     say = progress or (lambda _: None)
     require_support(backend, program.graph, target)
+    claimed = fingerprints(program, plan)
     with new_folder(folder, marker=MANIFEST) as partial:
         say("build engine")
         engine_folder = partial / "engine" / backend.name
@@ -238,7 +239,7 @@ def write_bundle(
             "command": command,
             "backend": {"name": backend.name, "files": list(built.files), "info": dict(built.info)},
             "target": asdict(target),
-            "fingerprints": fingerprints(program, plan),
+            "fingerprints": claimed,
             "predicted": predicted or {},
             "quality": found.quality,
             "versions": _versions(),

@@ -17,6 +17,7 @@ import contextlib
 import io
 import logging
 import operator
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from intarsia.ir.exported import export_program
 from intarsia.ir.graph import Graph
 from intarsia.ir.operators import resolve
 from intarsia.ir.program import Program, materialize
+from intarsia.ir.sizes import names
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -50,6 +52,7 @@ def onnx_model(program: Program) -> onnx_ir.Model:
     model = _translate(exported, fused.graph)
     _Weights(model.graph, fused.graph).store()
     _name_values(model, fused.graph)
+    _name_sizes(model, fused.graph, _symbols(exported, fused.graph))
     for tidy in (
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedOpsetsPass(),
@@ -130,7 +133,7 @@ class _Weights:
             tape = _Tape(node)
             weight = spell[node.op_type](node, tape)
             product = tape.op("MatMul", node.inputs[0], weight)
-            bias = node.inputs[-1]
+            bias = _bias(node)
             answer = product if bias is None else tape.op("Add", product, bias)
             tape.take_place(answer)
 
@@ -231,6 +234,12 @@ def _value(node: onnx_ir.Node, index: int) -> onnx_ir.Value:
     return value
 
 
+def _bias(node: onnx_ir.Node) -> onnx_ir.Value | None:
+    """The last input that the operator's schema names; ONNX leaves it out where it is not given."""
+    index = 2 if node.op_type == "linear" else 3
+    return node.inputs[index] if len(node.inputs) > index else None
+
+
 def _constant(value: onnx_ir.Value) -> Any:
     assert value.const_value is not None, "why_not lets no computed weight through"
     return value.const_value
@@ -251,6 +260,36 @@ def _name_values(model: onnx_ir.Model, graph: Graph) -> None:
         value.name = ours.name
     for index, value in enumerate(model.graph.outputs):
         value.name = f"output.{index}"
+
+
+def _symbols(exported: torch.export.ExportedProgram, graph: Graph) -> dict[str, str]:
+    """Our names of the sizes that torch.export calls ``s77``, as far as the inputs tell."""
+    found: dict[str, str] = {}
+    user_inputs = set(exported.graph_signature.user_inputs)
+    placeholders = [fx for fx in exported.graph.find_nodes(op="placeholder") if fx.name in user_inputs]
+    for fx, value in zip(placeholders, graph.inputs, strict=True):
+        for theirs, ours in zip(fx.meta["val"].shape, graph.type(value.name).shape, strict=True):
+            symbols, sizes = names(str(theirs)), names(ours) if isinstance(ours, str) else frozenset()
+            if len(symbols) == len(sizes) == 1:
+                found.setdefault(*symbols, *sizes)
+    return found
+
+
+def _name_sizes(model: onnx_ir.Model, graph: Graph, symbols: Mapping[str, str]) -> None:
+    """Write our names of sizes into all shapes; those of outputs are the graph's own."""
+    import onnx_ir as ir
+
+    def named(dim: int | onnx_ir.SymbolicDim) -> int | str | None:
+        if isinstance(dim, int) or dim.value is None:
+            return dim if isinstance(dim, int) else None
+        return re.sub(r"\w+", lambda word: symbols.get(word[0], word[0]), dim.value)
+
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([named(dim) for dim in value.shape])
+    for value, ours in zip(model.graph.outputs, graph.outputs, strict=True):
+        value.shape = ir.Shape(graph.type(ours).shape)
 
 
 def _strip(model: onnx_ir.Model) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from intarsia.backends.base import Engine
 from intarsia.backends.bundle import Bundle
-from intarsia.backends.writing import disk_errors
+from intarsia.backends.writing import new_file
 from intarsia.ir.errors import MissingEnvironment, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.operators import DTYPES
@@ -95,8 +95,8 @@ def write_video(video: Tensor, path: Path, *, frames_per_second: float = 8.0) ->
     writers = {".gif": _write_gif, ".mp4": _write_mp4}
     if path.suffix not in writers:
         raise UsageError(f"{path}: videos are written as {' or '.join(writers)}")
-    with disk_errors(path):
-        writers[path.suffix](_frames(video), path, frames_per_second)
+    with new_file(path) as draft:
+        writers[path.suffix](_frames(video), draft, frames_per_second)
 
 
 def _frames(video: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def _write_gif(frames: Tensor, path: Path, frames_per_second: float) -> None:
 
 def _write_mp4(frames: Tensor, path: Path, frames_per_second: float) -> None:
     if find_spec("imageio") is None or find_spec("imageio_ffmpeg") is None:
-        raise MissingEnvironment(f"{path}: .mp4 needs pip install 'imageio[ffmpeg]'; or write a .gif")
+        raise MissingEnvironment(f"{path.parent}: .mp4 needs pip install 'imageio[ffmpeg]'; or write a .gif")
     import imageio.v3 as imageio
 
     imageio.imwrite(path, frames.numpy(), plugin="FFMPEG", fps=frames_per_second, macro_block_size=2)

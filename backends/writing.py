@@ -1,4 +1,4 @@
-"""Writing a folder so that it is there whole or not at all."""
+"""Writing folders and files so that they are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -70,6 +70,24 @@ def _take_place(partial: Path, folder: Path) -> None:
         old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A sibling of ``path``, of the same suffix, that takes its place when the block ends well; folders are made.
+
+    Raises:
+        UsageError: The file cannot be written.
+        MissingEnvironment: The disk is full.
+    """
+    draft = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield draft
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def replace_files(folder: Path, texts: Mapping[str, str]) -> None:
