@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
+from intarsia.ir.errors import MissingEnvironment
 from intarsia.ir.graph import Graph, Node, Value
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
@@ -37,6 +41,23 @@ class Operator(Protocol):
 
     def work(self, node: Node, graph: Graph, sizes: Mapping[str, int]) -> Work:
         """What the call does for these sizes."""
+
+
+def launcher(module: str, name: str) -> Callable[..., Tensor]:
+    """The function ``name`` of a module that imports Triton, imported at the first launch.
+
+    Raises:
+        MissingEnvironment: Triton is not installed; nothing else runs in its place unasked.
+    """
+    try:
+        found: Callable[..., Tensor] = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise MissingEnvironment(
+            f"intarsia.{name} on a GPU needs Triton, which is missing; pip install 'intarsia[triton]', or use the CPU"
+        ) from error
+    return found
 
 
 def moved_bytes(node: Node, graph: Graph, sizes: Mapping[str, int]) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.target import Target
 from intarsia.kernels import limits
-from intarsia.kernels.base import Work, moved_bytes
+from intarsia.kernels.base import Work, launcher, moved_bytes
 from intarsia.kernels.linear_i4 import reference
 
 OPS = ("intarsia.quantize_groups", "intarsia.linear_i4")
@@ -49,6 +49,11 @@ def _(input: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group: 
     torch._check(scale.shape == expected, lambda: f"linear_i4: scale is {expected}, found {tuple(scale.shape)}")
     torch._check(bias is None or bias.shape == (rows,), lambda: f"linear_i4: bias is ({rows},)")
     return input.new_empty((*input.shape[:-1], rows))
+
+
+@linear_i4.register_kernel("cuda")
+def _(input: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    return launcher("intarsia.kernels.linear_i4.triton", "linear_i4")(input, packed, scale, bias, group)
 
 
 def why_not(node: Node, graph: Graph, target: Target) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.target import Target
 from intarsia.kernels import limits
-from intarsia.kernels.base import Work, moved_bytes
+from intarsia.kernels.base import Work, launcher, moved_bytes
 from intarsia.kernels.linear_i8 import reference
 
 OPS = ("intarsia.quantize_rows", "intarsia.linear_i8")
@@ -42,6 +42,11 @@ def _(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tens
     torch._check(scale.shape == (rows,), lambda: f"linear_i8: scale is ({rows},), found {tuple(scale.shape)}")
     torch._check(bias is None or bias.shape == (rows,), lambda: f"linear_i8: bias is ({rows},)")
     return input.new_empty((*input.shape[:-1], rows))
+
+
+@linear_i8.register_kernel("cuda")
+def _(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return launcher("intarsia.kernels.linear_i8.triton", "linear_i8")(input, weight, scale, bias)
 
 
 def why_not(node: Node, graph: Graph, target: Target) -> str | None:
