@@ -10,8 +10,7 @@ from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
 from intarsia.ir.target import Target
 from intarsia.passes.base import Pass, check_chosen, find_pass
-
-from .places import Place, open_places, price, refused_places
+from intarsia.search.places import Place, open_places, price, refused_places
 
 
 @dataclass(frozen=True)

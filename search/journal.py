@@ -11,8 +11,7 @@ from pathlib import Path
 
 from intarsia.ir.errors import MissingEnvironment
 from intarsia.ir.program import Program
-
-from .workload import Workload
+from intarsia.search.workload import Workload
 
 
 class Journal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from intarsia.ir.errors import UsageError
 from intarsia.ir.graph import Graph
@@ -11,8 +12,7 @@ from intarsia.ir.plan import Chosen
 from intarsia.ir.target import Target
 from intarsia.ir.verify import verify
 from intarsia.passes.base import Pass
-
-from .roofline import Prediction, predict
+from intarsia.search.roofline import predict
 
 MINIMIZE = ("both", "seconds", "bytes")
 """What a search makes small: time of one call, memory of the weights, or the sum of both as shares of the baseline."""
@@ -25,6 +25,26 @@ class Place:
     step: int
     name: str
     options: tuple[str, ...]
+
+
+class Priced(Protocol):
+    """Something that takes time and memory: a ``Price``, or the ``Prediction`` of a whole graph."""
+
+    @property
+    def seconds(self) -> float:
+        """Time of one call."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the weights take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a whole graph is predicted to cost: time of one call in seconds, memory of the weights in bytes."""
+
+    seconds: float
+    bytes: int
 
 
 Answers = Mapping[int, Chosen]
@@ -67,7 +87,7 @@ def answer(places: Sequence[Place], selection: Sequence[int]) -> Answers:
     return answers
 
 
-def cost(predicted: Prediction, baseline: Prediction, *, minimize: str) -> float:
+def cost(predicted: Priced, baseline: Priced, *, minimize: str) -> float:
     """What a search makes small, 1 for the baseline of one measure and 2 for that of both.
 
     Raises:
@@ -86,9 +106,10 @@ def cost(predicted: Prediction, baseline: Prediction, *, minimize: str) -> float
 
 def price(
     passes: Sequence[Pass], graph: Graph, target: Target, place: Place, sizes: Mapping[str, int]
-) -> tuple[Prediction, ...]:
+) -> tuple[Price, ...]:
     """What the whole graph is predicted to cost for each option at one place, all other places left as they are."""
-    return tuple(
-        predict(run_passes(passes, graph, target, {place.step: {place.name: option}}), target, sizes)
-        for option in place.options
-    )
+    prices: list[Price] = []
+    for option in place.options:
+        found = predict(run_passes(passes, graph, target, {place.step: {place.name: option}}), target, sizes)
+        prices.append(Price(found.seconds, found.bytes))
+    return tuple(prices)

@@ -10,8 +10,7 @@ from intarsia.ir.graph import Graph, Node
 from intarsia.ir.program import split_constant
 from intarsia.ir.target import Target
 from intarsia.kernels.base import Work, moved_bytes
-
-from .work import node_work, weight_bytes
+from intarsia.search.work import node_work, weight_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,17 +13,16 @@ from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program
 from intarsia.ir.target import Target
 from intarsia.passes.base import Pass
-
-from .journal import Journal
-from .places import Place, answer, cost, open_places, price, refused_places, run_passes
-from .progress import Progress, Silent
-from .quality import Goal, Quality
-from .roofline import Prediction, predict
-from .sensitivity import Batch, sensitivities
-from .solve import Option, Selection, solve
-from .trials import Deadline, Judge, Spent, Trial, digits
-from .work import sizes_of
-from .workload import Workload
+from intarsia.search.journal import Journal
+from intarsia.search.places import Place, Price, Priced, answer, cost, open_places, price, refused_places, run_passes
+from intarsia.search.progress import Progress, Silent
+from intarsia.search.quality import Goal, Quality
+from intarsia.search.roofline import Prediction, predict
+from intarsia.search.sensitivity import Batch, sensitivities
+from intarsia.search.solve import Option, Selection, solve
+from intarsia.search.trials import Deadline, Judge, Spent, Trial, digits
+from intarsia.search.work import sizes_of
+from intarsia.search.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -227,7 +226,7 @@ class _Study:
         return predict(self.program.graph, self.target, self.sizes)
 
     @cached_property
-    def prices(self) -> tuple[tuple[Prediction, ...], ...]:
+    def prices(self) -> tuple[tuple[Price, ...], ...]:
         """What the graph is predicted to cost with each option at each place alone."""
         return tuple(price(self.passes, self.program.graph, self.target, place, self.sizes) for place in self.places)
 
@@ -276,7 +275,7 @@ class _Study:
     def _changed(self, place: Place, option: str) -> Graph:
         return run_passes(self.passes, self.program.graph, self.target, {place.step: {place.name: option}})
 
-    def _share(self, predicted: Prediction) -> float:
+    def _share(self, predicted: Priced) -> float:
         return cost(predicted, self.baseline, minimize=self.minimize)
 
     def _advance(self) -> None:

@@ -16,8 +16,7 @@ from intarsia.ir.execute import call, evaluate_nodes
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.program import Program
 from intarsia.ir.text import print_node
-
-from .journal import Journal
+from intarsia.search.journal import Journal
 
 Batch = tuple[Tensor, ...]
 """The inputs of one call, in the graph's order."""

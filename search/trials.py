@@ -14,11 +14,10 @@ from torch import Tensor
 
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program, materialize
-
-from .journal import Journal
-from .progress import Progress
-from .quality import Quality, measure
-from .workload import Workload
+from intarsia.search.journal import Journal
+from intarsia.search.progress import Progress
+from intarsia.search.quality import Quality, measure
+from intarsia.search.workload import Workload
 
 
 class Spent(Exception):

@@ -17,8 +17,7 @@ from intarsia.ir.program import split_constant
 from intarsia.ir.sizes import evaluate, names
 from intarsia.ir.types import TensorType
 from intarsia.kernels.base import Work, moved_bytes
-
-from .origins import sources
+from intarsia.search.origins import sources
 
 CLASSES = ("self-attention", "cross-attention", "linear", "convolution", "other")
 """What calls are told apart as; ``other`` are norms, pointwise operators, copies and products of two activations."""

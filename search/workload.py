@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .progress import Progress
+from intarsia.search.progress import Progress
 
 Run = Callable[..., tuple[Tensor, ...]]
 """One call of the network: tensors in the graph's input order in, tensors in output order out."""
