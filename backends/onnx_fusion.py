@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from intarsia.backends.onnx_operators import ATTENTION, POSITIONS, ROTARY
 from intarsia.ir.graph import Arg, Graph, Node, Ref, Value
 from intarsia.ir.rewrite import drop_unused, rewrite
 from intarsia.ir.types import TensorType
@@ -44,7 +45,7 @@ def _attention(node: Node, graph: Graph) -> Sequence[Node] | None:
         return None
     args: dict[str, Arg] = {key: Ref(str(name)) for key, name in before.items()}
     args |= {"is_causal": call.args.get("is_causal", False), "scale": call.args.get("scale")}
-    return [Node("intarsia_onnx.attention", args, node.outputs, call.source)]
+    return [Node(ATTENTION, args, node.outputs, call.source)]
 
 
 def _untransposed(node: Node | None, graph: Graph) -> str | None:
@@ -78,12 +79,12 @@ class _Rotary:
         ]
         name = f"positions[{batch}, {length}]"
         index = Value(name, TensorType("i64", (batch, length)))
-        tables.append(Node("intarsia_onnx.positions", {"input": Ref(match.input)}, (index,)))
+        tables.append(Node(POSITIONS, {"input": Ref(match.input)}, (index,)))
         args: dict[str, Arg] = {"input": Ref(match.input), "heads": heads}
         args |= {key: Ref(made.name) for key, made in zip(("cos", "sin", "positions"), tables, strict=True)}
         first = [made for made in tables if made.name not in self.made]
         self.made.update(made.name for made in first)
-        return [*first, Node("intarsia_onnx.rotary", args, node.outputs, node.source)]
+        return [*first, Node(ROTARY, args, node.outputs, node.source)]
 
 
 @dataclass(frozen=True)

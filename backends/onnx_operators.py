@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+POSITIONS = "intarsia_onnx.positions"
+ROTARY = "intarsia_onnx.rotary"
+ATTENTION = "intarsia_onnx.attention"
+
 DOMAIN = "intarsia"
 """Of the calls that ``onnx_model`` replaces; none is left in a file."""
 
