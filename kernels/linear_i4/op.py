@@ -15,18 +15,24 @@ from intarsia.kernels.linear_i4 import reference
 
 OPS = ("intarsia.quantize_groups", "intarsia.linear_i4")
 
-GROUPS = (16, 32, 64, 128, 256)
-"""Columns that may share a scale: the ``block_size`` of ONNX Runtime's MatMulNBits."""
+GROUPS = (32, 64, 128, 256)
+"""Columns that may share a scale.
+
+The ``block_size`` of ONNX Runtime's MatMulNBits without 16, with which Triton 3.6 multiplies 16-bit tiles wrongly on an
+H100 (measured: errors of the size of the result).
+"""
 
 
 @torch.library.custom_op("intarsia::quantize_groups", mutates_args=())
 def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Weight (R, C) as packed u8 (R, C/2) and f32 scale (R, C/group)."""
+    _check_group(group)
     return reference.quantize_groups(weight, group)
 
 
 @quantize_groups.register_fake
 def _(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    _check_group(group)
     torch._check(weight.ndim == 2, lambda: f"quantize_groups: weight is (R, C), found {weight.ndim} axes")
     rows, columns = weight.shape
     torch._check(columns % group == 0, lambda: f"quantize_groups: {columns} columns are no multiple of group {group}")
@@ -37,11 +43,13 @@ def _(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("intarsia::linear_i4", mutates_args=())
 def linear_i4(input: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
     """Input (..., C), packed u8 (R, C/2), scale f32 (R, C/group), bias (R): (..., R) in input's dtype."""
+    _check_group(group)
     return reference.linear_i4(input, packed, scale, bias, group)
 
 
 @linear_i4.register_fake
 def _(input: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    _check_group(group)
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     torch._check(packed.dtype == torch.uint8, lambda: f"linear_i4: packed is uint8, found {packed.dtype}")
     torch._check(input.shape[-1] == columns, lambda: f"linear_i4: input ends in {columns}, found {input.shape[-1]}")
@@ -53,7 +61,12 @@ def _(input: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group: 
 
 @linear_i4.register_kernel("cuda")
 def _(input: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    _check_group(group)
     return launcher("intarsia.kernels.linear_i4.triton", "linear_i4")(input, packed, scale, bias, group)
+
+
+def _check_group(group: int) -> None:
+    torch._check(group in GROUPS, lambda: f"group is {group}; it is one of {', '.join(map(str, GROUPS))}")
 
 
 def why_not(node: Node, graph: Graph, target: Target) -> str | None:

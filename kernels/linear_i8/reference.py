@@ -19,7 +19,9 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     Source: HAWQ-V3 (arXiv 2011.10680), section 3.1, symmetric and per output channel.
     """
     wide = weight.float()
-    scale = (wide.abs().amax(dim=1) / LARGEST).clamp(min=SMALLEST_SCALE)
+    largest = wide.abs().amax(dim=1)
+    # A tensor as divisor: on a GPU, dividing by a number multiplies by its rounded reciprocal.
+    scale = (largest / torch.full_like(largest, LARGEST)).clamp(min=SMALLEST_SCALE)
     rounded = (wide / scale[:, None]).round().clamp(-LARGEST, LARGEST)
     return rounded.to(torch.int8), scale
 

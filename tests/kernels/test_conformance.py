@@ -17,7 +17,7 @@ from intarsia.kernels.linear_i4.reference import quantize_groups
 from intarsia.kernels.linear_i8.reference import quantize_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SHAPES = ((1, 16), (3, 32), (17, 160), (40, 64))
+SHAPES = ((1, 32), (3, 96), (17, 160), (40, 64))
 
 
 def weights() -> Iterator[Tensor]:
@@ -37,11 +37,11 @@ def cases(op: str) -> list[Case]:
         case "intarsia.quantize_rows":
             return [{"weight": weight} for weight in weights()]
         case "intarsia.quantize_groups":
-            return [{"weight": w, "group": g} for w in weights() for g in (16, 32) if w.shape[1] % g == 0]
+            return [{"weight": w, "group": g} for w in weights() for g in (32, 64) if w.shape[1] % g == 0]
         case "intarsia.linear_i8":
             return list(_products("weight", quantize_rows, {}))
         case _:
-            return list(_products("packed", lambda w: quantize_groups(w, 16), {"group": 16}))
+            return list(_products("packed", lambda w: quantize_groups(w, 32), {"group": 32}))
 
 
 def _products(key: str, quantize: Any, more: Mapping[str, Any]) -> Iterator[Case]:

@@ -92,8 +92,8 @@ def test_work_counts_the_product_and_the_packed_weight() -> None:
         (32, None),
         (64, None),
         (128, "64 columns are no multiple of group 128"),
-        (8, "group is 8; intarsia.quantize_groups takes 16, 32, 64, 128, 256"),
-        (48, "group is 48; intarsia.quantize_groups takes 16, 32, 64, 128, 256"),
+        (16, "group is 16; intarsia.quantize_groups takes 32, 64, 128, 256"),
+        (48, "group is 48; intarsia.quantize_groups takes 32, 64, 128, 256"),
     ],
 )
 def test_why_not_is_exact_at_its_borders(group: int, reason: str | None, target: Target) -> None:
@@ -111,3 +111,13 @@ def test_the_fake_kernel_refuses_columns_that_the_group_does_not_divide() -> Non
     kernels.register()
     with pytest.raises(RuntimeError, match="48 columns are no multiple of group 32"):
         torch.ops.intarsia.quantize_groups(torch.zeros(4, 48, device="meta"), 32)
+
+
+def test_a_group_that_no_kernel_has_is_refused_when_it_runs() -> None:
+    kernels.register()
+    with pytest.raises(RuntimeError, match="group is 16; it is one of 32, 64, 128, 256"):
+        torch.ops.intarsia.quantize_groups(torch.zeros(4, 32), 16)
+    with pytest.raises(RuntimeError, match="group is 16; it is one of 32, 64, 128, 256"):
+        torch.ops.intarsia.linear_i4(
+            torch.zeros(1, 32), torch.zeros(4, 16, dtype=torch.uint8), torch.zeros(4, 2), None, 16
+        )
