@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from intarsia import configuration, terminal
+from intarsia import configuration, outputs, terminal
 from intarsia.ir.errors import QualityError, UsageError
 from intarsia.ir.registry import unknown
 
@@ -131,10 +131,11 @@ def intarsia(
 @app.command()
 def doctor(json: AsJson = False) -> int:
     """Say what this machine has, what is missing, and what that costs."""
+    from intarsia import progress
     from intarsia.doctor import diagnose, lines
     from intarsia.units import size
 
-    with terminal.progress():
+    with progress.shown():
         diagnosis = diagnose()
     _show(diagnosis.to_json(), lines(diagnosis, size=size), json=json)
     return 0 if diagnosis.working else terminal.ENVIRONMENT
@@ -177,16 +178,16 @@ def trace(
         raise UsageError(f"-o {output}: a graph's file is called NAME.graph")
     if meta and beside.exists():
         raise UsageError(f"{beside} would be taken for the graph's weights, and --meta writes none; choose another -o")
-    terminal.check_output_file(output)
-    from intarsia import flow, summaries
+    outputs.check_output_file(output)
+    from intarsia import flow, progress, summaries
     from intarsia.ir.program import save_weights
 
-    with terminal.progress():
+    with progress.shown():
         program = flow.trace(model, meta=meta, raw=raw, weights=weights)
-        with terminal.replacing(output) as graph_file:
+        with outputs.replacing(output) as graph_file:
             graph_file.write_text(str(program.graph))
             if not program.is_meta:
-                with terminal.replacing(beside) as weight_file:
+                with outputs.replacing(beside) as weight_file:
                     save_weights(program.weights, weight_file)
     _show(*summaries.traced(program, output, None if program.is_meta else beside), json=json)
 
@@ -201,9 +202,9 @@ def inspect(
     json: AsJson = False,
 ) -> None:
     """Count what a graph computes and moves, and predict how long a machine takes for it."""
-    from intarsia import flow, summaries
+    from intarsia import flow, progress, summaries
 
-    with terminal.progress():
+    with progress.shown():
         facts = flow.inspect(subject, target=target, sizes=configuration.sizes(size or ()))
     _show(facts, summaries.inspected(facts), json=json)
 
@@ -229,10 +230,10 @@ def search(
 ) -> int:
     """Search what fits each layer, under a quality goal; write the answer as a plan."""
     seconds = configuration.seconds(budget)
-    terminal.check_output_file(output)
-    from intarsia import flow, summaries
+    outputs.check_output_file(output)
+    from intarsia import flow, progress, summaries
 
-    with terminal.progress() as progress:
+    with progress.shown() as told:
         result = flow.search(
             model,
             target=target,
@@ -245,9 +246,9 @@ def search(
             fresh=fresh,
             budget=seconds,
             fail_on_no_gain=fail_on_no_gain,
-            progress=progress,
+            progress=told,
         )
-        with terminal.replacing(output) as file:
+        with outputs.replacing(output) as file:
             file.write_text(result.plan.to_json())
     _show(*summaries.searched(result, output), json=json)
     return _ended(configuration.command(ctx, output=output), complete=result.complete)
@@ -264,10 +265,10 @@ def explain(
     json: AsJson = False,
 ) -> None:
     """Say for each place what could be chosen, what was, and why."""
-    from intarsia import flow, summaries
+    from intarsia import flow, progress, summaries
     from intarsia.ir.plan import Plan
 
-    with terminal.progress():
+    with progress.shown():
         explanation = flow.explain(model, Plan.load(plan), target=target)
     told = summaries.explained(explanation, place)
     if told is None:
@@ -292,11 +293,11 @@ def export(
     json: AsJson = False,
 ) -> int:
     """Apply a plan and build the engine: a bundle that can be verified and run."""
-    terminal.check_output_bundle(output)
-    from intarsia import flow, summaries
+    outputs.check_output_bundle(output)
+    from intarsia import flow, progress, summaries
     from intarsia.ir.plan import Plan
 
-    with terminal.progress() as progress:
+    with progress.shown() as told:
         bundle = flow.export(
             model,
             Plan.load(plan) if plan else None,
@@ -308,7 +309,7 @@ def export(
             seed=seed,
             config=configuration.resolved(ctx),
             command=configuration.command(ctx, output=Path("out")),
-            progress=progress,
+            progress=told,
         )
     _show(*summaries.bundled(bundle), json=json)
     return _ended(configuration.command(ctx, output=output))
@@ -321,10 +322,10 @@ def verify(
     json: AsJson = False,
 ) -> int:
     """Check every file and every claim of a bundle."""
-    from intarsia import flow, summaries
+    from intarsia import flow, progress, summaries
 
-    with terminal.progress() as progress:
-        report = flow.verify(folder, full=full, progress=progress)
+    with progress.shown() as told:
+        report = flow.verify(folder, full=full, progress=told)
     _show(report.to_json(), summaries.verified(report), json=json)
     return 0 if report.passed else QualityError.exit_code
 
@@ -342,11 +343,11 @@ def run(
     json: AsJson = False,
 ) -> int:
     """Make videos with a bundle's engine."""
-    terminal.check_output_folder(output)
-    from intarsia import flow
+    outputs.check_output_folder(output)
+    from intarsia import flow, progress
 
-    with terminal.progress() as progress:
-        paths = flow.run(folder, prompts=tuple(prompt or ()), seed=seed, count=count, output=output, progress=progress)
+    with progress.shown() as told:
+        paths = flow.run(folder, prompts=tuple(prompt or ()), seed=seed, count=count, output=output, progress=told)
     files = [str(path) for path in paths]
     _show({"files": files}, files, json=json)
     return _ended(configuration.command(ctx, output=output))
@@ -363,10 +364,10 @@ def bench(
     json: AsJson = False,
 ) -> int:
     """Time an engine on this machine: median and spread."""
-    from intarsia import flow, summaries
+    from intarsia import flow, progress, summaries
 
-    with terminal.progress() as progress:
-        facts = flow.bench(subject, repeats=repeats, seed=seed, progress=progress)
+    with progress.shown() as told:
+        facts = flow.bench(subject, repeats=repeats, seed=seed, progress=told)
     _show(facts, summaries.timed(facts), json=json)
     return _ended(configuration.command(ctx))
 
@@ -381,7 +382,7 @@ def report(
     from intarsia.report import write_report
 
     path = output or Path(f"{folder.resolve().name}.html")
-    terminal.check_output_file(path)
+    outputs.check_output_file(path)
     written = write_report(folder, path)
     _show({"output": str(written)}, [str(written)], json=json)
 
@@ -408,10 +409,10 @@ def optimize(
 ) -> int:
     """Search, export, verify and report in one go."""
     seconds = configuration.seconds(budget)
-    terminal.check_output_bundle(output)
-    from intarsia import flow, summaries
+    outputs.check_output_bundle(output)
+    from intarsia import flow, progress, summaries
 
-    with terminal.progress() as progress:
+    with progress.shown() as told:
         bundle = flow.optimize(
             model,
             target=target,
@@ -428,7 +429,7 @@ def optimize(
             fail_on_no_gain=fail_on_no_gain,
             config=configuration.resolved(ctx),
             command=configuration.command(ctx, output=Path("out")),
-            progress=progress,
+            progress=told,
         )
     _show(*summaries.bundled(bundle), json=json)
     return _ended(configuration.command(ctx, output=output), complete=not summaries.cut_short(bundle))
@@ -439,9 +440,7 @@ def _show(data: object, lines: Sequence[str | Table], *, json: bool) -> None:
     if json:
         terminal.print_json(data)
         return
-    console = terminal.console()
-    for line in lines:
-        console.print(line, soft_wrap=isinstance(line, str))
+    terminal.print_lines(lines)
 
 
 def _ended(command: str, *, complete: bool = True) -> int:

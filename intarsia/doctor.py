@@ -181,7 +181,7 @@ def _machine(*, torch_works: bool) -> dict[str, object]:
         "compilers": {name: path for name in COMPILERS if (path := shutil.which(name))},
         "gpus": gpus,
         "driver": _driver() if gpus or shutil.which("nvidia-smi") else None,
-        "suggested_target": _suggested(gpus, features),
+        "suggested_target": suggested_target(gpus, features),
     }
 
 
@@ -222,7 +222,7 @@ def _driver() -> str | None:
     return answer.stdout.split("\n")[0].strip() or None
 
 
-def _suggested(gpus: list[dict[str, object]], features: list[str]) -> str | None:
+def suggested_target(gpus: list[dict[str, object]], features: list[str]) -> str | None:
     """The shipped target that describes this machine, if one does."""
     from intarsia.ir.target import shipped_targets
 

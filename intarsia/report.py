@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from intarsia.outputs import replacing
 from intarsia.report_charts import BarGroup, MetricRow, Trail, bars, bars_note, metric_row, trail
 from intarsia.report_facts import METRICS, Facts, figure, read_facts, timing
 from intarsia.report_map import Map, maps
-from intarsia.terminal import replacing
 from intarsia.units import duration, ratio, size
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ def traced(program: Program, graph_file: Path, weight_file: Path | None) -> tupl
 def inspected(facts: Mapping[str, Any]) -> Lines:
     """What ``flow.inspect`` found, for a person."""
     if facts["kind"] == "plan":
-        return pairs({name: value for name, value in facts.items() if name != "kind"})
+        return _plan(facts)
     head = {key: facts[key] for key in ("name", "fingerprint", "nodes", "inputs", "outputs", "sizes")}
     counts = {
         "flops": f"{amount(facts['flops'])}FLOP",
@@ -75,6 +76,21 @@ def inspected(facts: Mapping[str, Any]) -> Lines:
         bounds = [(name, duration(seconds)) for name, seconds in facts["seconds_by_bound"].items()]
         lines += ["", f"{facts['target']}: {duration(facts['predicted_seconds'])} a call"]
         lines.append(table(("bound by", "seconds"), bounds, right=1))
+    return lines
+
+
+def _plan(facts: Mapping[str, Any]) -> Lines:
+    """A plan: what it is for, what the search knew, and how often each option was chosen."""
+    known = {name: value for name, value in facts["notes"].items() if name not in {"places", "refused", "tried"}}
+    lines = pairs({"graph": facts["graph"], "target": facts["target"], **known})
+    for phase in facts["phases"]:
+        last = "the last" if phase["last"] is None else phase["last"]
+        lines.append(f"steps {phase['first']} to {last}")
+        for step in phase["steps"]:
+            counts = Counter(step["chosen"].values())
+            lines.append(
+                f"  {step['run']}: {', '.join(f'{option} at {n}' for option, n in counts.items()) or 'no change'}"
+            )
     return lines
 
 

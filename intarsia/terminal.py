@@ -1,4 +1,4 @@
-"""Between the program and the person at the terminal: progress, errors as exit codes, one JSON document."""
+"""Between a verb and the process that runs it: signals, errors as exit codes, one JSON document on stdout."""
 
 from __future__ import annotations
 
@@ -10,23 +10,19 @@ import os
 import re
 import signal
 import sys
-import time
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as Remaining
+from intarsia.ir.errors import IntarsiaError, Unsupported
 
-from intarsia.ir.errors import IntarsiaError, Unsupported, UsageError
-
-LINE_SECONDS = 5.0
-"""Least time between two lines of the same phase when progress is not shown on a terminal, in seconds."""
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHOWN_REASONS = 20
 """Reasons of a refusal that are printed; a longer list goes to a file as a whole."""
@@ -39,6 +35,7 @@ ENVIRONMENT = 6
 
 _OS_EXIT_CODES = {
     errno.ENOSPC: (ENVIRONMENT, "the disk is full; free some space"),
+    errno.EFBIG: (ENVIRONMENT, "a file grew beyond what the system allows; raise the limit"),
     errno.EDQUOT: (ENVIRONMENT, "the disk quota is used up; free some space"),
     errno.EROFS: (USAGE, "the file system is read-only; choose another -o"),
     errno.EACCES: (USAGE, "no permission; choose another path"),
@@ -82,21 +79,20 @@ def run(work: Callable[[], object], *, as_json: bool) -> int:
 
     With ``as_json`` the failure is also the one JSON document on stdout.
     """
-    _listen_to_signals()
-    _hush_libraries()
-    try:
-        result = work()
-        sys.stdout.flush()
-    except (BrokenPipeError, ReaderLeft):
-        _discard(sys.stdout)
-        return 0
-    except (Interrupted, KeyboardInterrupt) as stop:
-        return _fail(f"interrupted: {stop}" if str(stop) else "interrupted", INTERRUPTED, as_json=as_json)
-    except IntarsiaError as error:
-        return _fail(_reasons(error), error.exit_code, as_json=as_json)
-    except Exception as error:  # the process ends here: what nobody expected is our bug, and is logged as such
-        message, code = _understood(error) or (_crash(error), INTERNAL)
-        return _fail(message, code, as_json=as_json)
+    with _listening_to_signals(), _quiet_libraries():
+        try:
+            result = work()
+            sys.stdout.flush()
+        except (BrokenPipeError, ReaderLeft):
+            _discard(sys.stdout)
+            return 0
+        except (Interrupted, KeyboardInterrupt) as stop:
+            return _fail(f"interrupted: {stop}" if str(stop) else "interrupted", INTERRUPTED, as_json=as_json)
+        except IntarsiaError as error:
+            return _fail(_reasons(error), error.exit_code, as_json=as_json)
+        except Exception as error:  # the process ends here: what nobody expected is our bug, and is logged as such
+            message, code = _understood(error) or (_crash(error), INTERNAL)
+            return _fail(message, code, as_json=as_json)
     return result if isinstance(result, int) else 0
 
 
@@ -170,25 +166,41 @@ def _write_log(kind: str, text: str) -> str:
     return str(path)
 
 
-def _listen_to_signals() -> None:
+@contextlib.contextmanager
+def _listening_to_signals() -> Iterator[None]:
     """Ctrl-C and SIGTERM unwind alike, so that what is half written is cleaned away; a second one ends at once."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        for other in (signal.SIGINT, signal.SIGTERM):
+        for other in numbers:
             signal.signal(other, lambda *_: os._exit(INTERRUPTED))
         raise KeyboardInterrupt
 
-    with contextlib.suppress(ValueError):  # only the main thread may; tests may run in another
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
-def _hush_libraries() -> None:
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
     """Keep what libraries tell their developers off the terminal, unless it is asked for."""
     if os.environ.get("INTARSIA_DEBUG") == "1" or sys.warnoptions:
+        yield
         return
-    warnings.simplefilter("ignore")
+    level = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _discard(stream: object) -> None:
@@ -215,150 +227,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def console() -> Console:
-    """Where results for people go: stdout, as wide as the terminal, or 140 columns where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False, emoji=False)
+def print_lines(lines: Sequence[str | Table]) -> None:
+    """Text for a person on stdout, as wide as the terminal, or 140 columns where there is none."""
+    from rich.console import Console
 
-
-@contextlib.contextmanager
-def progress() -> Iterator[Bar | Lines]:
-    """Progress on stderr, a bar on a terminal, plain lines elsewhere; meanwhile what libraries print goes there too."""
-    shown = Bar() if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and "CI" not in os.environ else Lines()
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            yield shown
-        finally:
-            shown.close()
-
-
-class Bar:
-    """A bar with phase, done and left, the latest note (best so far), elapsed and remaining time."""
-
-    def __init__(self) -> None:
-        self._rich = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            Remaining(elapsed_when_finished=False),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task: TaskID | None = None
-
-    def start(self, phase: str, total: int | None) -> None:
-        """Begin ``phase`` of ``total`` steps, None where nobody knows how many."""
-        self.finish()
-        self._rich.start()
-        self._task = self._rich.add_task(phase, total=total, note="")
-
-    def advance(self, done: int = 1, *, note: str = "") -> None:
-        """``done`` more steps are done; ``note`` replaces what is said beside the bar."""
-        if self._task is None:
-            return
-        self._rich.update(self._task, advance=done)
-        if note:
-            self._rich.update(self._task, note=note)
-
-    def finish(self) -> None:
-        """End the phase and leave one line about it."""
-        if self._task is None:
-            return
-        task = next(task for task in self._rich.tasks if task.id == self._task)
-        self._rich.remove_task(self._task)
-        self._rich.stop()
-        self._task = None
-        print(
-            _line(task.description, int(task.completed), None, task.elapsed or 0, task.fields["note"]), file=sys.stderr
-        )
-
-    def close(self) -> None:
-        """Give the terminal back, whatever happened."""
-        self._rich.stop()
-
-
-class Lines:
-    """A plain line when a phase begins and ends, and one every few seconds between."""
-
-    def __init__(self) -> None:
-        self._phase = ""
-        self._total: int | None = None
-        self._done = 0
-        self._note = ""
-        self._began = self._said = 0.0
-
-    def start(self, phase: str, total: int | None) -> None:
-        """Begin ``phase`` of ``total`` steps, None where nobody knows how many."""
-        self.finish()
-        self._phase, self._total, self._done, self._note = phase, total, 0, ""
-        self._began = self._said = time.monotonic()
-
-    def advance(self, done: int = 1, *, note: str = "") -> None:
-        """``done`` more steps are done; ``note`` is what is worth knowing, such as the best so far."""
-        self._done += done
-        self._note = note or self._note
-        now = time.monotonic()
-        if self._phase and now - self._said >= LINE_SECONDS:
-            self._said = now
-            say(_line(self._phase, self._done, self._total, now - self._began, self._note))
-
-    def finish(self) -> None:
-        """End the phase and say so."""
-        if self._phase:
-            say(_line(self._phase, self._done, None, time.monotonic() - self._began, self._note))
-        self._phase = ""
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
-
-def _line(phase: str, done: int, total: int | None, seconds: float, note: str) -> str:
-    """``sensitivity: 12/63, 14 s, 58 s left; best 3.1x``; without a total, what is done in all."""
-    parts = [f"{done}/{total}" if total else f"{done} done", f"{seconds:.0f} s"]
-    if total and 0 < done < total:
-        parts.append(f"{seconds * (total - done) / done:.0f} s left")
-    return f"{phase}: {', '.join(parts)}{f'; {note}' if note else ''}"
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it takes the name ``path`` at the end, and is gone if anything fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_output_file(path: Path) -> None:
-    """Raise UsageError now, not after hours of work, if no file called ``path`` can be written."""
-    if path.is_dir():
-        raise UsageError(f"-o {path}: a folder stands where a file is to be written")
-    _check_writable(path.parent, path)
-
-
-def check_output_folder(path: Path) -> None:
-    """Raise UsageError now, not after hours of work, if no folder called ``path`` can be written."""
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"-o {path}: a file stands where a folder is to be written")
-    _check_writable(path.parent, path)
-
-
-def check_output_bundle(path: Path) -> None:
-    """As ``check_output_folder``; moreover a folder that is there and no bundle is never replaced."""
-    check_output_folder(path)
-    if path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").is_file():
-        raise UsageError(f"-o {path}: the folder holds something else than a bundle; choose another")
-
-
-def _check_writable(folder: Path, output: Path) -> None:
-    nearest = folder
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise UsageError(f"-o {output}: {nearest} is a file, not a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(f"-o {output}: {nearest} cannot be written to; choose another -o")
+    width = None if sys.stdout.isatty() else 140
+    colours = None if os.environ.get("NO_COLOR") else "auto"
+    console = Console(width=width, color_system=colours, highlight=False, markup=False, emoji=False)
+    with console.capture() as captured:  # rich ends the process itself when the reader has left
+        for line in lines:
+            console.print(line, soft_wrap=isinstance(line, str))
+    sys.stdout.write(captured.get())

@@ -1,10 +1,38 @@
-"""A bundle folder made by hand: the files that the report reads, and nothing that runs."""
+"""A small network on disk, a bundle made by hand, and the command line in this process or in one of its own."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from intarsia.cli import app
+from intarsia.ir.graph import Graph
+from intarsia.ir.program import save_weights
+
+TINY = """\
+graph tiny {
+  input %x: f32[4, 64]
+  param %blocks.0.weight: f32[64, 64]
+  param %blocks.0.bias: f32[64]
+  param %blocks.1.weight: f32[64, 64]
+  param %blocks.1.bias: f32[64]
+  %blocks.0.linear: f32[4, 64] = aten.linear(input=%x, weight=%blocks.0.weight, bias=%blocks.0.bias)
+  %relu: f32[4, 64] = aten.relu(self=%blocks.0.linear)
+  %blocks.1.linear: f32[4, 64] = aten.linear(input=%relu, weight=%blocks.1.weight, bias=%blocks.1.bias)
+  return %blocks.1.linear
+}
+"""
+
+Run = Callable[..., Result]
 
 OPTIONS = ("keep", "i8", "i4(group=32)", "i4(group=64)", "i4(group=128)")
 KINDS = (
@@ -20,7 +48,61 @@ KINDS = (
 RUN = "quantize-linear"
 
 
-def write_bundle(folder: Path, *, blocks: int = 6, frames: bool = True) -> Path:
+@pytest.fixture(autouse=True)
+def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test in a folder of its own, with a cache of its own."""
+    monkeypatch.setenv("INTARSIA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("INTARSIA_DEBUG", raising=False)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.fixture
+def tiny() -> Path:
+    """Two layers of 64 features, as a graph with weights."""
+    path = Path("tiny.graph")
+    path.write_text(TINY)
+    generator = torch.Generator().manual_seed(0)
+    weights = {value.name: torch.randn(value.type.shape, generator=generator) / 8 for value in Graph.parse(TINY).params}  # type: ignore[union-attr]
+    save_weights(weights, path.with_suffix(".safetensors"))
+    return path
+
+
+@pytest.fixture
+def intarsia() -> Run:
+    """``intarsia("list", "targets")``: the verb in this process, with exit code, stdout and stderr."""
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def optimized(tiny: Path, intarsia: Run) -> Path:
+    """A bundle of the small network."""
+    result = intarsia("optimize", tiny, "--target", "null", "--quality", "psnr>=30", "--backend", "null", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    return Path("out")
+
+
+@pytest.fixture
+def start() -> Callable[..., subprocess.Popen[str]]:
+    """``start("verify", "out", before="...")``: the verb in a process of its own, after some Python."""
+    return _start
+
+
+@pytest.fixture
+def handmade(tmp_path: Path) -> Callable[..., Path]:
+    """``handmade(blocks=6, frames=True)``: a bundle's files as a report reads them, of an imaginary wan-mini."""
+    return lambda **wishes: _write_bundle(tmp_path / "handmade", **wishes)
+
+
+def _start(*words: str, before: str = "") -> subprocess.Popen[str]:
+    """The verb in a process of its own; ``before`` is Python that runs ahead of it."""
+    program = f"{before}\nfrom intarsia.cli import main\nmain()"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def _write_bundle(folder: Path, *, blocks: int = 6, frames: bool = True) -> Path:
     """Write manifest, plan, measurements, configuration and frames of an imaginary wan-mini."""
     (folder / "engine" / "onnx").mkdir(parents=True)
     (folder / "engine" / "onnx" / "model.onnx").write_bytes(bytes(1000))
@@ -28,21 +110,21 @@ def write_bundle(folder: Path, *, blocks: int = 6, frames: bool = True) -> Path:
         "version": 1,
         "graph": "0123456789ab",
         "target": "cpu-avx2",
-        "phases": [{"first": 0, "last": None, "steps": [{"run": RUN, "chosen": chosen(blocks)}]}],
+        "phases": [{"first": 0, "last": None, "steps": [{"run": RUN, "chosen": _chosen(blocks)}]}],
         "notes": {
             "goal": "psnr>=35",
             "complete": True,
             "error": 0.0021,
             "places": [
-                {"step": 0, "place": place, "options": options(index)} for index, place in enumerate(chosen(blocks))
+                {"step": 0, "place": place, "options": _options(index)} for index, place in enumerate(_chosen(blocks))
             ],
             "refused": [{"step": 0, "place": "proj_out", "why": "16 rows are fewer than min_rows=32"}],
-            "tried": tried(),
+            "tried": _tried(),
         },
     }
     _write(folder / "plan.json", plan)
     _write(folder / "config.json", {"model": "wan-mini", "target": "cpu-avx2", "quality": "psnr>=35", "seed": 0})
-    _write(folder / "measurements.json", {"measured": measured(), "report.html": None, "seal": "0"})
+    _write(folder / "measurements.json", {"measured": _measured(), "report.html": None, "seal": "0"})
     if frames:
         from PIL import Image
 
@@ -52,18 +134,18 @@ def write_bundle(folder: Path, *, blocks: int = 6, frames: bool = True) -> Path:
                 shade = int(127 + 120 * math.sin(x / 9 + (y // 34) / 8) * math.cos((y % 34) / 9))
                 picture.putpixel((x, y), (shade, shade // 2, 255 - shade))
         picture.save(folder / "frames.png")
-    _write(folder / "manifest.json", manifest())
+    _write(folder / "manifest.json", _manifest())
     return folder
 
 
-def chosen(blocks: int) -> dict[str, str]:
+def _chosen(blocks: int) -> dict[str, str]:
     """An option for every layer of an imaginary transformer."""
     places = [f"blocks.{block}.{kind}" for block in range(blocks) for kind in KINDS]
     found = {place: OPTIONS[(index * 7 + index // 8) % 5] for index, place in enumerate(places)}
     return {"condition_embedder.time_proj": "i8", **found}
 
 
-def options(index: int) -> list[dict[str, object]]:
+def _options(index: int) -> list[dict[str, object]]:
     """Error, and change of bytes and seconds, of each option of a place."""
     saved = (0.0, 0.74, 0.84, 0.86, 0.87)
     return [
@@ -77,7 +159,7 @@ def options(index: int) -> list[dict[str, object]]:
     ]
 
 
-def tried() -> list[dict[str, object]]:
+def _tried() -> list[dict[str, object]]:
     """Plans that were measured end to end."""
     return [
         {
@@ -92,7 +174,7 @@ def tried() -> list[dict[str, object]]:
     ]
 
 
-def metric(mean: float, spread: float, floor: float) -> dict[str, object]:
+def _metric(mean: float, spread: float, floor: float) -> dict[str, object]:
     """A metric over eight samples."""
     samples = [mean + spread * math.sin(3 * index) for index in range(8)]
     return {
@@ -105,7 +187,7 @@ def metric(mean: float, spread: float, floor: float) -> dict[str, object]:
     }
 
 
-def measured() -> dict[str, object]:
+def _measured() -> dict[str, object]:
     """What a clock said."""
     return {
         "engine": {
@@ -125,7 +207,7 @@ def measured() -> dict[str, object]:
     }
 
 
-def manifest() -> dict[str, object]:
+def _manifest() -> dict[str, object]:
     """What the bundle claims."""
     entry = {"bytes": 1000, "sha256": "ab" * 32}
     return {
@@ -139,9 +221,9 @@ def manifest() -> dict[str, object]:
             "goal": "psnr>=35",
             "split": "held-out",
             "metrics": {
-                "psnr": metric(37.21, 1.4, 13.2),
-                "ssim": metric(0.9862, 0.006, 0.41),
-                "motion_psnr": metric(33.4, 1.1, 17.9),
+                "psnr": _metric(37.21, 1.4, 13.2),
+                "ssim": _metric(0.9862, 0.006, 0.41),
+                "motion_psnr": _metric(33.4, 1.1, 17.9),
             },
         },
         "versions": {"python": "3.11.7", "torch": "2.13.0", "onnxruntime": "1.31.1"},
