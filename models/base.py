@@ -142,7 +142,7 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     for folder in (path, path / "transformer"):
         for index in sorted(folder.glob("*.safetensors.index.json")):
-            shards = sorted({folder / shard for shard in json.loads(index.read_text())["weight_map"].values()})
+            shards = sorted({folder / shard for shard in _weight_map(index).values()})
             absent = [shard.name for shard in shards if not shard.is_file()]
             if absent:
                 raise WeightsNotFound(f"{index}: lists {', '.join(absent)}, which the folder does not hold")
@@ -152,6 +152,13 @@ def weight_files(path: Path) -> list[Path]:
             return files
     what = "holds no *.safetensors, nor does its transformer/" if path.is_dir() else "does not exist"
     raise WeightsNotFound(f"weights {path}: {what}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return cast(dict[str, str], json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsUnreadable(f"weights {index}: no index of shards ({error!r})") from error
 
 
 def _entries() -> dict[str, EntryPoint]:
@@ -172,7 +179,7 @@ def _parameters_on_meta() -> Iterator[None]:
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(to_meta)
+    handle = register_module_parameter_registration_hook(cast(Callable[..., None], to_meta))
     try:
         yield
     finally:
@@ -214,14 +221,14 @@ def _listed(what: str, keys: Sequence[str]) -> str:
 def _shapes(files: Sequence[Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
     for file in files:
         with _opened(file) as opened:
-            for key in opened.keys():
+            for key in opened.keys():  # noqa: SIM118 (not a mapping)
                 yield key, tuple(opened.get_slice(key).get_shape())
 
 
 def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         with _opened(file) as opened:
-            for key in opened.keys():
+            for key in opened.keys():  # noqa: SIM118 (not a mapping)
                 yield key, opened.get_tensor(key)
 
 

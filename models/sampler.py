@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Protocol, Self
 
 import torch
@@ -15,7 +16,9 @@ TIMESTEPS = 1000  # timestep = sigma * 1000, as in Wan and diffusers' flow match
 class Denoise(Protocol):
     """A module, an engine, anything that gives the velocity (N, ...) of hidden_states (N, ...) at timestep (N)."""
 
-    def __call__(self, *, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor: ...
+    def __call__(self, *, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """The velocity, of the shape of hidden_states."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,10 @@ class Conditioning:
 
     text: Tensor
     null: Tensor
+
+    def to(self, device: torch.device | str) -> "Conditioning":
+        """The same on another device."""
+        return Conditioning(self.text.to(device), self.null.to(device))
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,14 @@ class FlowMatchEuler:
 
         Guided, `denoise` sees 2B rows: the B asked for, then the same B with null. `progress` gets (steps done, steps).
         """
+        if len(noise) != len(conditioning.text):
+            raise ValueError(f"sampler: {len(noise)} rows of noise for {len(conditioning.text)} of conditioning")
         guided = self.guidance != 1
         text = torch.cat([conditioning.text, conditioning.null]) if guided else conditioning.text
         sigmas = self.sigmas().tolist()
         state = noise.float()
         with torch.no_grad():
-            for step, (now, after) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+            for step, (now, after) in enumerate(pairwise(sigmas)):
                 rows = torch.cat([state, state]) if guided else state
                 timestep = torch.full((len(rows),), now * TIMESTEPS, dtype=torch.float32, device=rows.device)
                 velocity = denoise(hidden_states=rows, timestep=timestep, encoder_hidden_states=text).float()
@@ -85,9 +94,9 @@ class FlowMatchEuler:
         """The sampler that `to_json` wrote; raises ValueError for keys that are not its fields."""
         values = json.loads(text)
         known = [item.name for item in fields(cls)]
-        unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else [text]
-        if unknown:
-            raise ValueError(f"sampler: unknown {', '.join(unknown)}; the fields are {', '.join(known)}")
+        if not isinstance(values, dict) or set(values) - set(known):
+            found = ", ".join(sorted(values)) if isinstance(values, dict) else text
+            raise ValueError(f"sampler: found {found}; the fields are {', '.join(known)}")
         return cls(**values)
 
     def _guide(self, velocity: Tensor) -> Tensor:

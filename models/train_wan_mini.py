@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -54,13 +55,13 @@ class Training:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
+        """By name, in the order of the averaged weights."""
         return dict(self.module.named_parameters())
 
 
 def main() -> None:
     """Train, sample, report."""
     recipe, out, resume = _arguments()
-    out.mkdir(parents=True, exist_ok=True)
     train(recipe, out, resume=resume)
     model = find("wan-mini")
     assert model.sampler is not None
@@ -73,10 +74,11 @@ def main() -> None:
 
 def train(recipe: Recipe, out: Path, *, resume: Path | None = None) -> None:
     """Writes the averaged weights, `wan-mini.safetensors`, and what is needed to resume into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
     training = _fresh(recipe)
     first = _restore(training, resume) if resume else 0
     if recipe.compile:
-        getattr(training.module, "compile_repeated_blocks")()
+        _compile_blocks(training.module)
     step = first
     losses: list[Tensor] = []
     logged = saved = time.monotonic()
@@ -107,8 +109,7 @@ def evaluate(
     asked = [known[index % len(known)] for index in range(count)]
     conditioning = shapes.condition(list(map(str, asked)))
     start = noise((3, shapes.FRAMES, shapes.SIZE, shapes.SIZE), seed=EVALUATION_SEED, count=count)
-    on_device = type(conditioning)(conditioning.text.to(device), conditioning.null.to(device))
-    videos = sampler.sample(denoise, start.to(device), on_device).cpu()
+    videos = sampler.sample(denoise, start.to(device), conditioning.to(device)).cpu()
     shown = detector.read(videos)
     if sheet is not None:
         captions = [f"{a}{'' if a == b else f'  (read: {b})'}" for a, b in zip(asked, shown, strict=True)]
@@ -133,6 +134,12 @@ def _fresh(recipe: Recipe) -> Training:
     )
 
 
+def _compile_blocks(module: nn.Module) -> None:
+    """Each transformer block is compiled on its own, once for all: they are alike."""
+    for block in cast(nn.ModuleList, module.get_submodule("blocks")):
+        block.compile()
+
+
 def _shares(seconds: float) -> Iterator[float]:
     """The share of the time gone, 0 to 1, for as long as it lasts."""
     start = time.monotonic()
@@ -152,7 +159,7 @@ def _step(training: Training, recipe: Recipe, *, step: int, learning_rate: float
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate
     loss = _loss(training, recipe)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     nn.utils.clip_grad_norm_(training.module.parameters(), 1.0)
     training.optimizer.step()
     training.optimizer.zero_grad()
@@ -176,7 +183,7 @@ def _loss(training: Training, recipe: Recipe) -> Tensor:
     drawn = torch.randn(videos.shape, generator=generator, device=device)
     level = sigma[:, None, None, None, None]
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-        velocity = training.module(
+        velocity: Tensor = training.module(
             hidden_states=videos + level * (drawn - videos),
             timestep=sigma * TIMESTEPS,
             encoder_hidden_states=text,

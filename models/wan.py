@@ -1,4 +1,4 @@
-"""Wan 2.1 text-to-video transformers in diffusers' own class: two published sizes, and a small one that ships trained."""
+"""Wan 2.1 text-to-video transformers in diffusers' own class: two published sizes, and a small one that is trained."""
 
 from collections.abc import Mapping
 from pathlib import Path
