@@ -232,8 +232,9 @@ def print_lines(lines: Sequence[str | Table]) -> None:
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 140
-    colours = None if os.environ.get("NO_COLOR") else "auto"
-    console = Console(width=width, color_system=colours, highlight=False, markup=False, emoji=False)
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    if os.environ.get("NO_COLOR"):
+        console = Console(width=console.width, color_system=None, highlight=False, markup=False, emoji=False)
     with console.capture() as captured:  # rich ends the process itself when the reader has left
         for line in lines:
             console.print(line, soft_wrap=isinstance(line, str))
