@@ -7,6 +7,7 @@ import io
 import logging
 import operator
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def import_program(program: ExportedProgram, *, name: str, dynamic: Dynamic | No
     """An exported program as ours, functionalized but not decomposed: ``linear`` and attention stay whole."""
     if reasons := list(_refusals(program)):
         raise Unsupported(f"{name} cannot be represented:", reasons)
-    functional = program.run_decompositions({})
+    with _quiet_pytorch():
+        functional = program.run_decompositions({})
     if reasons := list(_changed_in_place(functional)):
         raise Unsupported(f"{name} cannot be represented:", reasons)
     return _Import(functional, dynamic or {}).program(name)
@@ -78,7 +80,7 @@ def export_program(program: Program, *, sizes: Mapping[str, int] | None = None) 
         size.name: Dim(size.name, min=size.minimum, max=size.maximum) for size in program.graph.sizes
     }
     shapes = tuple(_torch_dims(value.type, dims) for value in program.graph.inputs)
-    with torch.no_grad():
+    with torch.no_grad(), _quiet_pytorch():
         return torch.export.export(program.module(), inputs, dynamic_shapes=shapes, strict=False)
 
 
@@ -143,10 +145,14 @@ def _draft_reasons(
 
 @contextlib.contextmanager
 def _quiet_pytorch() -> Iterator[None]:
-    """Hold back what PyTorch's export prints and logs about a failure; our own reasons say it in one line each."""
+    """Hold back what PyTorch's export prints, logs and warns of; our own reasons say it in one line each."""
     logging.disable(logging.CRITICAL)
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             yield
     finally:
         logging.disable(logging.NOTSET)
