@@ -87,8 +87,8 @@ class OnnxEngine(Engine):
     """An ONNX Runtime session."""
 
     def __init__(self, path: Path, *, unpacked: bool = True, threads: int | None = None) -> None:
-        self._session = _session(path, unpacked, threads or os.cpu_count() or 1)
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads or _cores()
+        self._session = _session(path, unpacked, self._threads)
         self._names = [value.name for value in self._session.get_inputs()]
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -110,6 +110,11 @@ class OnnxEngine(Engine):
         import onnxruntime
 
         return f"CPU, {self._threads} threads, ONNX Runtime {onnxruntime.__version__}"
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _session(path: Path, unpacked: bool, threads: int) -> onnxruntime.InferenceSession:

@@ -318,6 +318,12 @@ def test_a_missing_runtime_is_told_with_the_remedy(narrow: Made, monkeypatch: py
         OnnxBackend().load(narrow.folder, ("model.onnx",))
 
 
+def test_an_engine_takes_the_cores_that_the_process_may_use(narrow: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert OnnxEngine(narrow.folder / "model.onnx").device.startswith("CPU, 3 threads, ONNX Runtime ")
+    assert OnnxEngine(narrow.folder / "model.onnx", threads=1).device.startswith("CPU, 1 threads")
+
+
 def test_wrong_inputs_are_one_line(narrow: Made) -> None:
     engine = narrow.engine
     with pytest.raises(UsageError, match="the engine takes x; 2 tensors are given"):
@@ -332,7 +338,7 @@ def _random_nodes(rng: random.Random, count: int) -> Iterator[tuple[str, dict[st
     """Calls on values v0 to vN of shape (2, 6, 32)."""
     for index in range(count):
         first, second = (Ref(f"v{rng.randrange(max(0, index - 3), index + 1)}") for _ in range(2))
-        four = {"packed": Ref("i4"), "scale": Ref("s4"), "group": 16}
+        four = {"packed": Ref("i4"), "scale": Ref("s4"), "group": 32}
         weight, bias = Ref(f"w{rng.randrange(2)}"), rng.choice([None, Ref("b")])
         yield rng.choice(
             [
@@ -364,7 +370,7 @@ def random_program(seed: int) -> Program:
     weights["b"] = torch.randn(32, generator=generator)
     weights["mask"] = torch.rand(6, 32, generator=generator) > 0.2
     weights["i8"], weights["s8"] = quantize_rows(weights["w0"])
-    weights["i4"], weights["s4"] = quantize_groups(weights["w1"], 16)
+    weights["i4"], weights["s4"] = quantize_groups(weights["w1"], 32)
     values = {"v0": torch.randn(2, 6, 32, generator=generator), **weights}
     nodes = []
     for index, (op, args) in enumerate(_random_nodes(random.Random(seed), 14)):
