@@ -1,4 +1,4 @@
-"""Search sparsity, steps and precision of video diffusion transformers jointly; ship the result as a verified engine."""
+"""Search sparsity, steps and precision of video diffusion transformers jointly; ship a verified engine."""
 
 from __future__ import annotations
 
