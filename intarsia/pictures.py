@@ -13,7 +13,7 @@ from torch import Tensor
 from intarsia.backends.runner import write_video
 from intarsia.models.sheet import contact_sheet
 
-SCALE = 3
+SCALE = 2
 """Factor by which the small frames of the side-by-side picture are enlarged."""
 
 
@@ -32,14 +32,14 @@ def write_videos(videos: Tensor, captions: Sequence[str], folder: Path) -> list[
 
 
 def side_by_side(references: Tensor, ours: Tensor) -> bytes:
-    """A PNG: for each pair of videos (N, 3, F, H, W) the reference's frames over the engine's."""
+    """A PNG: for each pair of videos (N, 3, F, H, W) the reference's frames left, the engine's right."""
     from PIL import Image
 
     pairs = torch.stack([references, ours], dim=1).flatten(0, 1)
     captions = [
         f"{who} {index}" for index in range(len(references)) for who in ("unchanged model, sample", "engine, sample")
     ]
-    sheet = contact_sheet(pairs, captions, columns=1)
+    sheet = contact_sheet(pairs, captions, columns=2)
     sheet = sheet.resize((sheet.width * SCALE, sheet.height * SCALE), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)

@@ -12,7 +12,7 @@ from intarsia.outputs import replacing
 from intarsia.report_charts import BarGroup, MetricRow, Trail, bars, bars_note, metric_row, trail
 from intarsia.report_facts import METRICS, Facts, figure, read_facts, timing
 from intarsia.report_map import Map, maps
-from intarsia.units import duration, ratio, size
+from intarsia.units import duration, ratio, size, speed
 
 
 def write_report(folder: Path, output: Path) -> Path:
@@ -87,7 +87,7 @@ def page_of(folder: Path) -> Page:
         verdict=_verdict(facts),
         cards=_cards(facts),
         frames=_data_uri(facts.frames) if facts.frames else None,
-        frames_caption="Pairs: above, what the unchanged model makes; below, what the engine makes of the same noise.",
+        frames_caption="Left what the unchanged model makes, right what the engine makes of the same noise and prompt.",
         metrics=tuple(metric_row(name, values, facts.goal.get(name)) for name, values in facts.quality.items()),
         bars=bars(facts),
         bars_note=bars_note(facts),
@@ -124,11 +124,12 @@ def _verdict(facts: Facts) -> str:
     if before and after:
         gains.append(f"its weights are {ratio(before, after)} smaller")
     if slow and fast:
-        gains.append(f"it is predicted to run {ratio(slow, fast)} as fast")
+        gains.append(f"it is predicted to run {speed(slow, fast)}")
     text = f"An engine for {facts.manifest['backend']['name']}"
     text += f": {' and '.join(gains)}." if gains else "."
     if facts.quality:
-        name, values = next(iter(facts.quality.items()))
+        name = next(iter(facts.goal), next(iter(facts.quality)))
+        values = facts.quality[name]
         text += f" On held-out noise it stays at {figure(name, values['mean'])} {METRICS.get(name, name)}"
         bound = facts.goal.get(name)
         text += f", where {figure(name, bound)} was asked." if bound is not None else "."
@@ -145,12 +146,10 @@ def _cards(facts: Facts) -> tuple[Card, ...]:
     if predicted.get("baseline_seconds") and predicted.get("seconds"):
         before, after = predicted["baseline_seconds"], predicted["seconds"]
         detail = f"{duration(before)} to {duration(after)} a call on {facts.manifest['target']['name']}"
-        cards.append(Card("Predicted time", f"{ratio(before, after)} as fast", detail))
+        cards.append(Card("Predicted time", speed(before, after), detail))
     if engine := timing(facts.measured, "engine"):
         reference = timing(facts.measured, "eager")
-        value = (
-            f"{ratio(reference['seconds'], engine['seconds'])} as fast" if reference else duration(engine["seconds"])
-        )
+        value = speed(reference["seconds"], engine["seconds"]) if reference else duration(engine["seconds"])
         before_text = f"{duration(reference['seconds'])} to " if reference else ""
         cards.append(
             Card("Measured time", value, f"{before_text}{duration(engine['seconds'])}; {engine.get('device', '')}")

@@ -173,7 +173,7 @@ def trail(plan: Plan, goal: Mapping[str, float]) -> Trail | None:
     return Trail(
         note=(
             f"{len(points)} plans, each run whole on validation noise. A plan meets the goal (darker dot) when the "
-            "lower end of its one-sided 95 % interval does; the large dot was chosen."
+            "mean less one standard error does; the large dot was chosen."
         ),
         x_label="bytes of weights",
         y_label=name,

@@ -30,9 +30,9 @@ class Facts:
 
     @property
     def quality(self) -> Mapping[str, Mapping[str, Any]]:
-        """Figures by metric."""
+        """Figures by metric, in the order in which people read them."""
         metrics: Mapping[str, Mapping[str, Any]] = self.manifest.get("quality", {}).get("metrics", {})
-        return metrics
+        return {name: metrics[name] for name in (*METRICS, *metrics) if name in metrics}
 
     @property
     def goal(self) -> Mapping[str, float]:

@@ -31,9 +31,9 @@ SPLITS = ("calibration", "validation", "held-out")
 """Disjoint noise: errors are measured on the first, the search looks at the second, claims are made on the third."""
 
 SAMPLES: Mapping[str, Mapping[str, int]] = {
-    "quick": {"calibration": 1, "validation": 2, "held-out": 8},
-    "default": {"calibration": 2, "validation": 4, "held-out": 16},
-    "full": {"calibration": 4, "validation": 8, "held-out": 64},
+    "quick": {"calibration": 1, "validation": 3, "held-out": 8},
+    "default": {"calibration": 2, "validation": 6, "held-out": 16},
+    "full": {"calibration": 4, "validation": 16, "held-out": 64},
 }
 """Videos (or batches of random inputs) drawn for each split, by effort."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from intarsia.report_facts import METRICS, figure
-from intarsia.units import amount, duration, ratio, size
+from intarsia.units import amount, duration, ratio, size, speed
 
 if TYPE_CHECKING:
     from intarsia.backends.bundle import Bundle
@@ -227,12 +227,13 @@ def timed(facts: Mapping[str, Any]) -> Lines:
 
 
 def _faster(before: float, after: float) -> str:
-    return f"{duration(before)} to {duration(after)} a call, {ratio(before, after)} as fast"
+    return f"{duration(before)} to {duration(after)} a call, {speed(before, after)}"
 
 
 def _metrics(metrics: Mapping[str, Any], bounds: Mapping[str, float]) -> list[str]:
     lines: list[str] = []
-    for name, metric in metrics.items():
+    for name in (name for name in (*METRICS, *(metrics.keys() - METRICS.keys())) if name in metrics):
+        metric = metrics[name]
         text = f"{METRICS.get(name, name)}: {figure(name, metric['mean'])}"
         if metric["low"] is not None:
             text += f" (95 % interval {figure(name, metric['low'])} to {figure(name, metric['high'])})"

@@ -36,3 +36,8 @@ def amount(count: float) -> str:
 def ratio(before: float, after: float) -> str:
     """``3.4x`` smaller or faster; a dash where there is nothing to divide by."""
     return f"{before / after:.3g}x" if after > 0 else "-"
+
+
+def speed(before: float, after: float) -> str:
+    """``2.5x as fast``, of two times in seconds; within one percent ``as fast as before``."""
+    return "as fast as before" if abs(before - after) < 0.01 * after else f"{ratio(before, after)} as fast"

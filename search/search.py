@@ -92,7 +92,7 @@ def search(
         target: The machine that costs are predicted for.
         passes: In the order in which they run; those without choices simply run.
         workload: What sensitivities and quality are measured on; held-out noise is never asked for.
-        goal: The quality to keep, met when the lower end of a one-sided 95 % interval reaches it.
+        goal: The quality to keep, met when the mean less one standard error reaches it.
         minimize: ``seconds``, ``bytes``, or ``both`` as shares of the baseline.
         effort: ``quick``, ``default`` or ``full``.
         seed: The workload's; kept in the plan's notes, the search itself draws nothing.
@@ -166,11 +166,15 @@ class _Study:
                 f"quality {self.goal} cannot be reached: with every place left as it is, "
                 f"{self.goal.reached(good.quality)}"
             )
-        if not self.places or self._solve(math.inf) == self._keep:
+        ends = (self._solve(self._gentlest), self._solve(math.inf))
+        bad: Trial | None = None
+        for selection in dict.fromkeys(ends):
+            if selection == self._keep or bad is not None:
+                continue
+            found = self._measured(selection)
+            good, bad = (found, None) if _meets(found) else (good, found)
+        if bad is None:
             return good
-        bad = self._measured(self._solve(math.inf))
-        if _meets(bad):
-            return bad
         same_side = 0
         while len(self.trials) < self.effort.trials and bad.error > good.error * self.effort.tolerance:
             selection = self._between(good, bad, _halve if same_side > 1 else _interpolate)
@@ -180,6 +184,11 @@ class _Study:
             same_side = same_side + 1 if _meets(found) == _meets(self.trials[-2]) else 0
             good, bad = (found, bad) if _meets(found) else (good, found)
         return good
+
+    @property
+    def _gentlest(self) -> float:
+        """The error of the option of least error at every place: often near what the goal allows, so a good start."""
+        return math.fsum(min(errors[1:], default=0.0) for errors in self.errors) * (1 + 1e-9) if self.places else 0.0
 
     def _between(self, good: Trial, bad: Trial, guess: _Guess) -> Selection | None:
         """A selection of more error than ``good`` and less than ``bad``; None if the options allow none."""

@@ -49,7 +49,7 @@ class Trial:
         selection: The number of the option taken at each place.
         error: The sum of the sensitivities of these options.
         quality: What was measured.
-        margin: By how many dB the goal is met with 95 % confidence; negative where it is missed.
+        margin: By how many dB the mean less one standard error meets the goal; negative where it is missed.
         seconds: Time that one call is predicted to take.
         bytes: Memory that the weights are predicted to take.
     """

@@ -132,14 +132,14 @@ def test_a_goal_is_met_when_every_mean_reaches_its_bound():
     assert "of 99" in Goal.parse("psnr>=99").reached(quality)
 
 
-def test_confidence_takes_the_one_sided_students_bound_off_the_mean():
+def test_confidence_takes_one_standard_error_off_the_mean():
     reference = torch.zeros(3, 1, 1, 4, 4)
     ours = torch.tensor([0.1, 0.2, 0.4])[:, None, None, None, None].expand_as(reference)
     quality = measure(ours, reference)
     values = quality["psnr"].samples
     mean = sum(values) / 3
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / 2)
-    expected = mean - 2.9199856 * spread / math.sqrt(3) - 10  # t of 2 degrees of freedom at 95 %
+    expected = mean - spread / math.sqrt(3) - 10
     assert Goal.parse("psnr>=10").confidence_margin(quality) == pytest.approx(expected)
 
 

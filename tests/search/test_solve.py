@@ -43,9 +43,14 @@ def test_is_as_cheap_as_the_best_of_all_selections_and_has_the_least_error_of_th
 )
 def test_holds_for_errors_over_seven_decades(pairs, budget):
     places = [(KEEP, Option(-cost, error), Option(-1.5 * cost, 7 * error)) for error, cost in pairs]
-    found, best = solve(places, budget), brute_force(places, budget)
+    found, best = solve(places, budget), brute_force(places, budget * (1 - 5e-6))
     assert total(places, found, "error") <= budget
     assert total(places, found, "cost") <= total(places, best, "cost") * (1 - 1e-4) + 1e-12
+
+
+def test_a_selection_over_the_budget_by_less_than_the_solvers_tolerance_hides_no_better_one():
+    places = [(KEEP, Option(-4, 0.0625), Option(-6, 0.4375)), (KEEP, Option(-2, 1e-8), Option(-3, 7e-8))]
+    assert solve(places, 0.0625) == (1, 0)
 
 
 def test_takes_everything_when_the_budget_is_endless_and_nothing_when_there_is_none():
