@@ -121,8 +121,6 @@ def _understood(error: Exception) -> tuple[str, int] | None:
         return _wrong_usage(error), USAGE
     if isinstance(error, ImportError) and (extra := _EXTRAS.get((error.name or "").partition(".")[0])):
         return f"package {error.name} is not installed; pip install 'intarsia[{extra}]'", ENVIRONMENT
-    if isinstance(error, ValueError) and type(error).__module__.startswith("intarsia."):
-        return str(error), USAGE
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
         first_line = str(error).strip().split("\n")[0]
         return f"not enough memory: {first_line or 'an allocation failed'}", ENVIRONMENT

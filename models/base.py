@@ -1,12 +1,9 @@
 """A network the tool knows by name: how to build it, what to feed it, and where its weights come from."""
 
-import difflib
-import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from intarsia.ir import registry
+from intarsia.ir.errors import UsageError
 from intarsia.models.sampler import Conditioning, FlowMatchEuler
 
 MODELS: dict[str, str] = {
@@ -52,38 +51,32 @@ class Model:
     condition: Callable[[Sequence[str]], Conditioning] | None = None
 
 
-class UnknownModel(ValueError):
+class UnknownModel(UsageError):
     """A name that no model and no entry point has."""
 
 
-class WeightsNotFound(ValueError):
+class WeightsNotFound(UsageError):
     """A path that holds no safetensors file."""
 
 
-class WeightsUnreadable(ValueError):
+class WeightsUnreadable(UsageError):
     """A file that is not safetensors, or is cut short."""
 
 
-class WeightsMismatch(ValueError):
+class WeightsMismatch(UsageError):
     """Weights whose names or shapes are not the network's."""
 
 
 def names() -> tuple[str, ...]:
     """Every known name: ours first, then those of installed entry points, sorted."""
-    return (*MODELS, *sorted(set(_entries()) - set(MODELS)))
+    return registry.known_names(MODELS, group=ENTRY_POINTS)
 
 
 def find(name: str) -> Model:
     """The model called `name`; raises UnknownModel with the nearest name and all known ones."""
-    if name in MODELS:
-        module, function = MODELS[name].split(":")
-        return cast(Model, getattr(importlib.import_module(module), function)())
-    entries = _entries()
-    if name in entries:
-        return cast(Model, entries[name].load()())
-    near = difflib.get_close_matches(name, names(), n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise UnknownModel(f"no model is called '{name}'; {hint}known: {', '.join(names())}")
+    if name not in names():
+        raise UnknownModel(registry.unknown("model", name, names()))
+    return cast(Model, registry.find(name, MODELS, group=ENTRY_POINTS, kind="model")())
 
 
 def load(
@@ -159,10 +152,6 @@ def _weight_map(index: Path) -> dict[str, str]:
         return cast(dict[str, str], json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsUnreadable(f"weights {index}: no index of shards ({error!r})") from error
-
-
-def _entries() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
 
 
 def _random(model: Model, device: torch.device | str, dtype: torch.dtype) -> nn.Module:

@@ -10,6 +10,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from intarsia.ir.errors import UsageError
+
 TIMESTEPS = 1000  # timestep = sigma * 1000, as in Wan and diffusers' flow matching schedulers
 
 
@@ -48,9 +50,9 @@ class FlowMatchEuler:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"sampler: steps is {self.steps}; it must be 1 or more")
+            raise UsageError(f"sampler: steps is {self.steps}; it must be 1 or more")
         if self.shift <= 0:
-            raise ValueError(f"sampler: shift is {self.shift}; it must be above 0")
+            raise UsageError(f"sampler: shift is {self.shift}; it must be above 0")
 
     def sigmas(self) -> Tensor:
         """Noise levels (steps + 1), f64 on the CPU, from 1 down to exactly 0."""
@@ -70,7 +72,7 @@ class FlowMatchEuler:
         Guided, `denoise` sees 2B rows: the B asked for, then the same B with null. `progress` gets (steps done, steps).
         """
         if len(noise) != len(conditioning.text):
-            raise ValueError(f"sampler: {len(noise)} rows of noise for {len(conditioning.text)} of conditioning")
+            raise UsageError(f"sampler: {len(noise)} rows of noise for {len(conditioning.text)} of conditioning")
         guided = self.guidance != 1
         text = torch.cat([conditioning.text, conditioning.null]) if guided else conditioning.text
         sigmas = self.sigmas().tolist()
@@ -91,12 +93,12 @@ class FlowMatchEuler:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The sampler that `to_json` wrote; raises ValueError for keys that are not its fields."""
+        """The sampler that `to_json` wrote; raises UsageError for keys that are not its fields."""
         values = json.loads(text)
         known = [item.name for item in fields(cls)]
         if not isinstance(values, dict) or set(values) - set(known):
             found = ", ".join(sorted(values)) if isinstance(values, dict) else text
-            raise ValueError(f"sampler: found {found}; the fields are {', '.join(known)}")
+            raise UsageError(f"sampler: found {found}; the fields are {', '.join(known)}")
         return cls(**values)
 
     def _guide(self, velocity: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from intarsia.ir.errors import UsageError
 from intarsia.models.sampler import Conditioning
 
 SHAPES = ("disc", "square", "triangle")
@@ -36,7 +37,7 @@ HALF_SIZES = ((1.0, 1.0), (SQUARE_HALF, SQUARE_HALF), (TRIANGLE_HALF, TRIANGLE_H
 CENTROID_DROPS = (0.0, 0.0, TRIANGLE_HALF / (2 * math.sqrt(3)))
 
 
-class UnknownWord(ValueError):
+class UnknownWord(UsageError):
     """Text that is not a label."""
 
 

@@ -168,10 +168,10 @@ class _Study:
             )
         ends = (self._solve(self._gentlest), self._solve(math.inf))
         bad: Trial | None = None
-        for selection in dict.fromkeys(ends):
-            if selection == self._keep or bad is not None:
+        for end in dict.fromkeys(ends):
+            if end == self._keep or bad is not None:
                 continue
-            found = self._measured(selection)
+            found = self._measured(end)
             good, bad = (found, None) if _meets(found) else (good, found)
         if bad is None:
             return good

@@ -55,14 +55,14 @@ def test_every_listed_name_finds_the_model_of_that_name() -> None:
 
 def test_an_unknown_name_is_told_the_nearest_and_all_known() -> None:
     expected = (
-        "no model is called 'wan-minni'; did you mean 'wan-mini'? known: wan-mini, wan2.1-t2v-1.3b, wan2.1-t2v-14b"
+        "model 'wan-minni' is unknown; did you mean wan-mini? Known: wan-mini, wan2.1-t2v-1.3b, wan2.1-t2v-14b"
     )
     with pytest.raises(UnknownModel, match=f"^{re.escape(expected)}$"):
         find("wan-minni")
 
 
 def test_a_name_like_no_other_gets_no_guess() -> None:
-    with pytest.raises(UnknownModel, match=r"^no model is called '§'; known: "):
+    with pytest.raises(UnknownModel, match=r"^model '§' is unknown\. Known: "):
         find("§")
 
 

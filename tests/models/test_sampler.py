@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from intarsia.ir.errors import UsageError
 from intarsia.models.sampler import Conditioning, FlowMatchEuler, denoiser, noise
 
 CONDITIONING = Conditioning(text=torch.ones(3, 2, 4), null=torch.zeros(3, 2, 4))
@@ -84,7 +85,7 @@ def test_progress_counts_the_steps() -> None:
 
 
 def test_noise_without_a_prompt_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^sampler: 2 rows of noise for 3 of conditioning$"):
+    with pytest.raises(UsageError, match=r"^sampler: 2 rows of noise for 3 of conditioning$"):
         FlowMatchEuler().sample(curved, noise((6,), seed=1, count=2), CONDITIONING)
 
 
@@ -94,13 +95,13 @@ def test_json_gives_the_same_sampler_back() -> None:
 
 
 def test_json_with_an_unknown_key_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^sampler: found order, steps; the fields are steps, shift, guidance$"):
+    with pytest.raises(UsageError, match=r"^sampler: found order, steps; the fields are steps, shift, guidance$"):
         FlowMatchEuler.from_json('{"steps": 4, "order": 2}')
 
 
 @pytest.mark.parametrize(("field", "text"), [({"steps": 0}, "steps is 0"), ({"shift": 0.0}, "shift is 0.0")])
 def test_impossible_settings_are_refused(field: dict[str, int], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(UsageError, match=text):
         FlowMatchEuler(**field)
 
 
