@@ -84,7 +84,10 @@ def _from_file(text: str) -> Pass:
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses look their module up by name
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # the file is the user's own, and may raise anything
+        raise UsageError(f"pass {text!r}: {path} cannot be imported: {type(error).__name__}: {error}") from error
     cls = getattr(module, spec.name, None)
     if not (isinstance(cls, type) and issubclass(cls, Pass)):
         raise UsageError(f"pass {text!r}: {path} defines no Pass called {spec.name}")

@@ -68,6 +68,21 @@ def test_unknown_pass_and_unknown_argument_of_a_pass(tiny: Path, intarsia: Run):
     failed(wrong, 2, "rows", "min_rows")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import nonsense", ["mine.py cannot be imported", "ModuleNotFoundError"]),
+        ("class Mine(:", ["mine.py cannot be imported", "SyntaxError"]),
+        ("class Mine: ...", ["mine.py defines no Pass called Mine"]),
+        (None, ["there is no file mine.py"]),
+    ],
+)
+def test_a_pass_of_the_users_own_that_cannot_be_read(tiny: Path, intarsia: Run, text, said):
+    if text is not None:
+        Path("mine.py").write_text(text)
+    failed(intarsia("search", tiny, *GOAL, "--pass", "./mine.py:Mine", "-o", "plan.json"), 2, *said)
+
+
 def test_a_missing_graph_file(intarsia: Run):
     failed(intarsia("inspect", "absent.graph"), 2, "absent.graph", "No such file")
 
