@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from intarsia.flow import bench, explain, export, inspect, load, optimize, report, run, search, trace, verify
+    from intarsia.flow import bench, explain, export, inspect, load, optimize, run, search, trace, verify
 
 __all__ = [
     "bench",
@@ -15,7 +15,6 @@ __all__ = [
     "inspect",
     "load",
     "optimize",
-    "report",
     "run",
     "search",
     "trace",

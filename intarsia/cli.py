@@ -168,6 +168,9 @@ def trace(
     output: Annotated[Path, typer.Option("--output", "-o", help="A .graph file; weights go beside it.")],
     meta: Annotated[bool, typer.Option("--meta", help="Shapes only: no memory for weights, none written.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="As PyTorch traced it, without the clean-up passes.")] = False,
+    dynamic: Annotated[
+        list[str] | None, typer.Option("--dynamic", help="A size that may vary, such as batch; repeatable.")
+    ] = None,
     weights: Weights = None,
     config: Config = None,
     json: AsJson = False,
@@ -181,9 +184,11 @@ def trace(
     outputs.check_output_file(output)
     from intarsia import flow, progress, summaries
     from intarsia.ir.program import save_weights
+    from intarsia.subject import dynamic_axes
 
     with progress.shown():
-        program = flow.trace(model, meta=meta, raw=raw, weights=weights)
+        axes = dynamic_axes(model, dynamic) if dynamic else None
+        program = flow.trace(model, dynamic=axes, meta=meta, raw=raw, weights=weights)
         with outputs.replacing(output) as graph_file:
             graph_file.write_text(str(program.graph))
             if not program.is_meta:

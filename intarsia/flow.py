@@ -122,8 +122,8 @@ def search(
 
 def explain(model: str | Path, plan: Plan, *, target: str | None = None, weights: Path | None = None) -> Explanation:
     """For each place: what could be chosen, what was, what each option costs and loses, and why."""
-    subject = _resolve(model, weights, Silent())
-    return explain_plan(plan, subject.program.graph, load_target(target or plan.target))
+    graph = _resolve(model, weights, Silent()).program.graph
+    return explain_plan(plan, graph, load_target(target or plan.target), subjects.smallest_sizes(graph))
 
 
 def export(
@@ -296,11 +296,6 @@ def bench(
     return {"what": str(subject), "engine": title, **asdict(timing), "threads": torch.get_num_threads()}
 
 
-def report(folder: Path) -> Bundle:
-    """Write ``report.html`` into the bundle anew."""
-    return _with_report(load_bundle(folder))
-
-
 def inspect(
     subject: str | Path, *, target: str | None = None, sizes: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
@@ -367,7 +362,7 @@ def _sample_inputs(subject: Subject) -> tuple[Tensor, ...] | None:
 
 def _predicted(subject: Subject, graph: Graph, target: Target) -> dict[str, object]:
     """Seconds and weight bytes that the cost model gives the unchanged model and the planned one."""
-    sizes = {size.name: max(size.minimum, 2) for size in graph.sizes}
+    sizes = subjects.smallest_sizes(graph)
     before, after = predict(subject.program.graph, target, sizes), predict(graph, target, sizes)
     return {
         "seconds": after.seconds,

@@ -18,6 +18,7 @@ from intarsia.ir.exported import Dynamic
 from intarsia.ir.exported import trace as trace_module
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program, example_inputs, load_program, materialize
+from intarsia.ir.sizes import names
 from intarsia.ir.types import TensorType
 from intarsia.models import base as models
 from intarsia.passes.base import find_pass
@@ -89,6 +90,24 @@ def resolve(
         examples = dict(inputs or found.inputs())
     program = trace_module(module, examples, static=found.static, dynamic=dynamic, name=found.name)
     return Subject(found.name, program if raw else clean(program), found)
+
+
+def dynamic_axes(model: str, sizes: Sequence[str]) -> Dynamic:
+    """The axes of a registered model whose extents are named by ``sizes``; UsageError for a size it does not have."""
+    found = models.find(model)
+    known = sorted({name for axes in found.dynamic.values() for text in axes.values() for name in names(text)})
+    if unknown := [size for size in sizes if size not in known]:
+        raise UsageError(f"{model}: size {unknown[0]!r} cannot vary; those that can are {', '.join(known) or 'none'}")
+    return {
+        key: kept
+        for key, axes in found.dynamic.items()
+        if (kept := {axis: text for axis, text in axes.items() if names(text) <= set(sizes)})
+    }
+
+
+def smallest_sizes(graph: Graph) -> dict[str, int]:
+    """The least value of each named size that is not degenerate: 2 or what its range begins with."""
+    return {size.name: max(size.minimum, 2) for size in graph.sizes}
 
 
 def clean(program: Program) -> Program:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from intarsia.ir import registry
 from intarsia.models import base
 from intarsia.models.base import Model, UnknownModel, WeightsMismatch, WeightsNotFound, WeightsUnreadable, find, load
 
@@ -54,9 +55,7 @@ def test_every_listed_name_finds_the_model_of_that_name() -> None:
 
 
 def test_an_unknown_name_is_told_the_nearest_and_all_known() -> None:
-    expected = (
-        "model 'wan-minni' is unknown; did you mean wan-mini? Known: wan-mini, wan2.1-t2v-1.3b, wan2.1-t2v-14b"
-    )
+    expected = "model 'wan-minni' is unknown; did you mean wan-mini? Known: wan-mini, wan2.1-t2v-1.3b, wan2.1-t2v-14b"
     with pytest.raises(UnknownModel, match=f"^{re.escape(expected)}$"):
         find("wan-minni")
 
@@ -69,7 +68,7 @@ def test_a_name_like_no_other_gets_no_guess() -> None:
 def test_other_packages_join_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint(name="small", value=f"{__name__}:small", group=base.ENTRY_POINTS)
     monkeypatch.setattr(EntryPoint, "load", lambda self: small)
-    monkeypatch.setattr(base, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
     assert find("small") is SMALL
     assert base.names() == (*base.MODELS, "small")
 
