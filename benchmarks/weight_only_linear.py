@@ -25,8 +25,8 @@ CALLS = 20
 """Launches between two looks at the clock."""
 
 MEANINGS = {
-    **{f"i8_over_dense_{n}": f"seconds of linear_i8 over those of cuBLAS bf16, {n:,} tokens" for n in TOKENS},
-    **{f"i4_over_dense_{n}": f"seconds of linear_i4 (groups of 128) over those of cuBLAS bf16, {n:,} tokens" for n in TOKENS},
+    **{f"i8_over_dense_{n}": f"seconds of linear_i8 over cuBLAS bf16, {n:,} tokens" for n in TOKENS},
+    **{f"i4_over_dense_{n}": f"seconds of linear_i4, groups of 128, over cuBLAS bf16, {n:,} tokens" for n in TOKENS},
     **{f"dense_seconds_{n}": f"cuBLAS bf16, {n:,} tokens" for n in TOKENS},
     **{f"dense_predicted_over_measured_{n}": f"roofline of the target over the clock, {n:,} tokens" for n in TOKENS},
     "dense_tflops": f"cuBLAS bf16 at {TOKENS[-1]:,} tokens",
