@@ -124,6 +124,8 @@ def _understood(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
         first_line = str(error).strip().split("\n")[0]
         return f"not enough memory: {first_line or 'an allocation failed'}", ENVIRONMENT
+    if place := _place_in_user_pass(error):
+        return f"{place}: the pass raised {type(error).__name__}: {error}; the whole story is in {_log(error)}", USAGE
     number = _os_error(error)
     if number not in _OS_EXIT_CODES:
         return None
@@ -146,10 +148,21 @@ def _os_error(error: Exception) -> int | None:
     return int(match[1]) if match else None
 
 
+def _place_in_user_pass(error: Exception) -> str | None:
+    """File and line where a pass from a user's own file raised ``error``; None if no such pass was running."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if str(frame.f_globals.get("__name__", "")).startswith("intarsia_user_pass_"):
+            return f"{frame.f_code.co_filename}:{line}"
+    return None
+
+
 def _crash(error: Exception) -> str:
-    path = _write_log("crash", f"{' '.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}")
     first_line = str(error).strip().split("\n")[0][:200]
-    return f"this is our bug: {type(error).__name__}: {first_line}; the whole story is in {path}"
+    return f"this is our bug: {type(error).__name__}: {first_line}; the whole story is in {_log(error)}"
+
+
+def _log(error: Exception) -> str:
+    return _write_log("crash", f"{' '.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}")
 
 
 def _write_log(kind: str, text: str) -> str:

@@ -83,6 +83,20 @@ def test_a_pass_of_the_users_own_that_cannot_be_read(tiny: Path, intarsia: Run, 
     failed(intarsia("search", tiny, *GOAL, "--pass", "./mine.py:Mine", "-o", "plan.json"), 2, *said)
 
 
+def test_a_pass_of_the_users_own_that_raises_is_named_with_its_line(tiny: Path, intarsia: Run):
+    Path("mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from intarsia.passes.base import Pass\n\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine(Pass):\n"
+        "    name = 'mine'\n\n"
+        "    def run(self, graph, target, chosen):\n"
+        "        return graph.nodes[1_000]\n"
+    )
+    said = failed(intarsia("search", tiny, *GOAL, "--pass", "./mine.py:Mine", "-o", "plan.json"), 2, "IndexError")
+    assert "mine.py:10: the pass raised" in said
+
+
 def test_a_missing_graph_file(intarsia: Run):
     failed(intarsia("inspect", "absent.graph"), 2, "absent.graph", "No such file")
 
