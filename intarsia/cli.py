@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -458,4 +459,6 @@ def _ended(command: str, *, complete: bool = True) -> int:
 
 def main() -> None:
     """The entry point of the command ``intarsia``."""
+    # Threads that wait by spinning slow every call twentyfold when another program is busy on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
