@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import operator
 import time
 from pathlib import Path
 from types import ModuleType
@@ -41,15 +42,11 @@ def test_a_ratio_is_taken_in_turns_and_is_the_median_of_the_rounds(harness: Modu
 def test_memory_is_that_of_a_process_of_its_own(harness: ModuleType) -> None:
     ballast = bytearray(300_000_000)
     small = harness.alone(math.factorial, 20)
-    large = harness.alone(_length_of, 200_000_000)
+    large = harness.alone(operator.mul, b"x", 200_000_000)
     assert small.result == math.factorial(20)
     assert small.peak_bytes < len(ballast)
     assert large.peak_bytes > small.peak_bytes + 150_000_000
     assert large.seconds > 0
-
-
-def _length_of(count: int) -> int:
-    return len(bytearray(b"x" * count))
 
 
 def test_results_are_kept_as_one_json_document(
