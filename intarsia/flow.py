@@ -19,7 +19,7 @@ from intarsia.backends.null import NullEngine
 from intarsia.backends.runner import bench as time_engine
 from intarsia.backends.runner import denoiser
 from intarsia.backends.verify import Check, VerifyReport, verify_bundle
-from intarsia.ir.errors import NoGain, QualityError, UsageError
+from intarsia.ir.errors import NoGain, QualityError, Unsupported, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
 from intarsia.ir.program import Program, example_inputs, materialize
@@ -152,6 +152,8 @@ def export(
     goal, machine, builder = Goal.parse(quality) if quality else None, load_target(target), find_backend(backend)
     subject = model if isinstance(model, Subject) else _resolve(model, weights, progress)
     graph = subject.program.graph
+    if plan and len(plan.phases) > 1:
+        raise Unsupported(f"{subject.name}: the plan has {len(plan.phases)} phases; an engine takes one, merge them")
     planned = apply(plan, graph, machine) if plan else graph
     progress.start("build weights", None)
     program = materialize(replace(subject.program, graph=planned))

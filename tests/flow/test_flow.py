@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import intarsia
-from intarsia.ir.errors import PlanError, QualityError, UsageError
+from intarsia.ir.errors import PlanError, QualityError, Unsupported, UsageError
+from intarsia.ir.plan import Phase, Plan
 from intarsia.ir.program import Program, save_weights
 from intarsia.search.progress import Silent
 from intarsia.subject import dynamic_axes, resolve, workload
@@ -91,6 +92,14 @@ def test_an_exported_plan_is_for_its_own_graph_only(graph_file: Path, tmp_path: 
     (tmp_path / "other.safetensors").write_bytes(graph_file.with_suffix(".safetensors").read_bytes())
     with pytest.raises(PlanError, match="fingerprint"):
         intarsia.export(other, plan, backend="onnx", target="cpu-avx2", output=tmp_path / "out")
+
+
+def test_a_plan_of_several_phases_is_refused_rather_than_cut_to_its_first(
+    program: Program, graph_file: Path, tmp_path: Path
+):
+    plan = Plan(program.graph.fingerprint, "null", (Phase((), 0, 9), Phase((), 10, None)))
+    with pytest.raises(Unsupported, match="2 phases"):
+        intarsia.export(graph_file, plan, backend="null", target="null", output=tmp_path / "out")
 
 
 def test_search_is_a_verb_and_a_package(program: Program):
