@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from intarsia import configuration, outputs, terminal
+from intarsia.backends.writing import new_file
 from intarsia.ir.errors import QualityError, UsageError
 from intarsia.ir.registry import unknown
 
@@ -190,10 +191,10 @@ def trace(
     with progress.shown():
         axes = dynamic_axes(model, dynamic) if dynamic else None
         program = flow.trace(model, dynamic=axes, meta=meta, raw=raw, weights=weights)
-        with outputs.replacing(output) as graph_file:
+        with new_file(output) as graph_file:
             graph_file.write_text(str(program.graph))
             if not program.is_meta:
-                with outputs.replacing(beside) as weight_file:
+                with new_file(beside) as weight_file:
                     save_weights(program.weights, weight_file)
     _show(*summaries.traced(program, output, None if program.is_meta else beside), json=json)
 
@@ -254,7 +255,7 @@ def search(
             fail_on_no_gain=fail_on_no_gain,
             progress=told,
         )
-        with outputs.replacing(output) as file:
+        with new_file(output) as file:
             file.write_text(result.plan.to_json())
     _show(*summaries.searched(result, output), json=json)
     return _ended(configuration.command(ctx, output=output), complete=result.complete)

@@ -410,6 +410,7 @@ def _evidence(
     facts = {
         "goal": str(goal) if goal else None,
         "against": "the unchanged model run eagerly, same noise and prompts",
+        "unchanged": {"graph": subject.program.graph.fingerprint, "weights": subject.program.fingerprint()},
         "workload": dict(work.describe),
         "metrics": quality.to_json(),
     }
@@ -422,15 +423,25 @@ def _verify_quality(bundle: Bundle, progress: Progress) -> Check:
     claimed = bundle.manifest["quality"]
     workload = claimed["workload"]
     subject = _resolve(bundle.graph.name, None, progress)
+    found = {"graph": subject.program.graph.fingerprint, "weights": subject.program.fingerprint()}
+    if found != claimed["unchanged"]:
+        raise UsageError(
+            f"{bundle.folder}: its quality was measured against {_pair(claimed['unchanged'])}; {subject.name} here is "
+            f"{_pair(found)}, so --full cannot repeat it; verify without --full checks everything else"
+        )
     work = subjects.workload(subject, seed=workload["seed"], effort=workload["effort"], progress=progress, record=False)
     references = work.outputs(NullEngine(materialize(subject.program)), "held-out", progress)
-    found = measure(work.outputs(bundle.engine(), "held-out", progress), references)
+    quality = measure(work.outputs(bundle.engine(), "held-out", progress), references)
     for name, metric in Quality.from_json(claimed["metrics"]).metrics.items():
-        if abs(found[name].mean - metric.mean) > max(0.05, 0.002 * abs(metric.mean)):
+        if abs(quality[name].mean - metric.mean) > max(0.05, 0.002 * abs(metric.mean)):
             raise QualityError(
-                f"{bundle.folder}: {name} on held-out noise is {found[name].mean:.2f}, claimed is {metric.mean:.2f}"
+                f"{bundle.folder}: {name} on held-out noise is {quality[name].mean:.2f}, claimed is {metric.mean:.2f}"
             )
-    return Check("quality", True, f"held-out noise gives {found}, as claimed")
+    return Check("quality", True, f"held-out noise gives {quality}, as claimed")
+
+
+def _pair(fingerprints: Mapping[str, str]) -> str:
+    return f"graph {fingerprints['graph']} with weights {fingerprints['weights']}"
 
 
 def _with_report(bundle: Bundle) -> Bundle:

@@ -1,33 +1,13 @@
-"""What a verb writes: checked before the work begins, there whole or not at all."""
+"""Where a verb writes: checked before the work begins, and not after hours of it."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from intarsia.backends.manifest import MANIFEST
-from intarsia.backends.writing import check_destination, disk_errors
+from intarsia.backends.writing import check_destination
 from intarsia.ir.errors import UsageError
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it takes the name ``path`` at the end, and is gone if anything fails.
-
-    Raises:
-        UsageError: The folder cannot be written.
-        MissingEnvironment: The disk is full.
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield partial
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def check_output_file(path: Path) -> None:

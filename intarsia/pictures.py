@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from intarsia.backends.runner import write_video
+from intarsia.backends.writing import new_file
 from intarsia.models.sheet import contact_sheet
 
 SCALE = 2
@@ -19,7 +20,6 @@ SCALE = 2
 
 def write_videos(videos: Tensor, captions: Sequence[str], folder: Path) -> list[Path]:
     """A GIF for each video (N, 3, F, H, W) in [-1, 1], named by its number and caption, and one contact sheet."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     for index, (video, caption) in enumerate(zip(videos, captions, strict=True)):
         words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")
@@ -27,7 +27,8 @@ def write_videos(videos: Tensor, captions: Sequence[str], folder: Path) -> list[
         write_video(video, paths[-1])
     sheet = contact_sheet(videos, captions, columns=min(2, len(captions)))
     paths.append(folder / "contact-sheet.png")
-    sheet.save(paths[-1])
+    with new_file(paths[-1]) as draft:
+        sheet.save(draft)
     return paths
 
 

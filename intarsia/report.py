@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from intarsia.outputs import replacing
+from intarsia.backends.writing import new_file
 from intarsia.report_charts import BarGroup, MetricRow, Trail, bars, bars_note, metric_row, trail
 from intarsia.report_facts import METRICS, Facts, figure, read_facts, timing
 from intarsia.report_map import Map, maps
@@ -22,7 +22,7 @@ def write_report(folder: Path, output: Path) -> Path:
         UsageError: The folder is no bundle.
     """
     text = render(folder)
-    with replacing(output) as partial:
+    with new_file(output) as partial:
         partial.write_text(text)
     return output
 

@@ -13,7 +13,7 @@ from intarsia.ir.errors import PlanError, QualityError, Unsupported, UsageError
 from intarsia.ir.plan import Phase, Plan
 from intarsia.ir.program import Program, save_weights
 from intarsia.search.progress import Silent
-from intarsia.subject import dynamic_axes, resolve, workload
+from intarsia.subject import Subject, dynamic_axes, resolve, workload
 
 
 class Mixer(torch.nn.Module):
@@ -120,6 +120,19 @@ def test_verify_in_full_makes_the_outputs_again(graph_file: Path, tmp_path: Path
     bundle = optimize(graph_file, tmp_path / "out")
     with pytest.raises(UsageError, match="unknown"):
         intarsia.verify(bundle.folder, full=True)  # the unchanged model is known by its name only, and has none
+
+
+def test_verify_in_full_refuses_to_compare_with_other_weights(
+    program: Program, graph_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bundle = optimize(graph_file, tmp_path / "out")
+    subject = Subject("Mixer", program)
+    monkeypatch.setattr("intarsia.flow.subjects.resolve", lambda *_, **__: subject)
+    assert intarsia.verify(bundle.folder, full=True).checks[-1].name == "quality"
+    other = Subject("Mixer", Program(program.graph, {name: 2 * tensor for name, tensor in program.weights.items()}))
+    monkeypatch.setattr("intarsia.flow.subjects.resolve", lambda *_, **__: other)
+    with pytest.raises(UsageError, match=r"measured against graph \w+ with weights \w+; Mixer here is"):
+        intarsia.verify(bundle.folder, full=True)
 
 
 def test_a_size_that_cannot_vary_is_named_with_those_that_can():

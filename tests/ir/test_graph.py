@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import copy
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -49,10 +49,11 @@ def test_changing_is_replacing(graph: Graph) -> None:
     assert other != node
 
 
-def test_nodes_are_hashable_and_survive_pickling(graph: Graph) -> None:
+def test_nodes_are_hashable_and_survive_copying(graph: Graph) -> None:
     node = graph.nodes[1]
     assert {node: 1}[Graph.parse(TEXT).nodes[1]] == 1
-    assert pickle.loads(pickle.dumps(node)) == node
+    assert copy.deepcopy(node) == node
+    assert copy.deepcopy(node) is not node
 
 
 def test_a_graph_knows_values_producers_and_users_by_name(graph: Graph) -> None:
