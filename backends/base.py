@@ -11,9 +11,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from intarsia.ir import registry
-from intarsia.ir.errors import Unsupported
+from intarsia.ir.errors import MissingEnvironment, Unsupported
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.program import Program
+from intarsia.ir.spec import Spec, construct, spec_of
 from intarsia.ir.target import Target
 
 BACKENDS: dict[str, str] = {
@@ -51,10 +52,24 @@ class Engine(ABC):
         """What it ran on, for people: ``CPU, 2 threads, ONNX Runtime 1.31.1``."""
 
 
+@dataclass(frozen=True)
 class Backend(ABC):
-    """Lowers a program, whose weight-only nodes have run already, to an engine."""
+    """Lowers a program, whose weight-only nodes have run already, to an engine.
+
+    Subclasses are frozen dataclasses; their fields are options, written ``name(key=value)``.
+
+    Attributes:
+        name: What ``--backend`` calls it.
+        passes: Passes that make a graph ready for this backend, run after the plan's; the bundle's graph stays as the
+            plan made it.
+    """
 
     name: ClassVar[str]
+    passes: ClassVar[tuple[str, ...]] = ()
+
+    def why_not_target(self, target: Target) -> str | None:
+        """Why this backend builds nothing for ``target``, and what does; None if it builds for it."""
+        return None
 
     @abstractmethod
     def why_not(self, node: Node, graph: Graph, target: Target) -> str | None:
@@ -73,26 +88,74 @@ class Backend(ABC):
     def load(self, folder: Path, files: Sequence[str]) -> Engine:
         """The engine in ``folder``, ready to run; MissingEnvironment if this machine cannot run it."""
 
+    def check(self, folder: Path, files: Sequence[str]) -> str:
+        """What can be proven of the engine without running it, in one line; QualityError if a file is corrupt."""
+        return f"{len(files)} files, {sum((folder / name).stat().st_size for name in files):,} bytes"
 
-def find_backend(name: str) -> Backend:
-    """The backend called ``name``; UsageError lists the known ones."""
-    backend = registry.find(name, BACKENDS, group=GROUP, kind="backend")()
+    def load_reference(self, folder: Path, files: Sequence[str]) -> Engine:
+        """What the engine's files say, run by something slower that every machine has.
+
+        Raises:
+            MissingEnvironment: There is no such thing for this backend.
+        """
+        raise MissingEnvironment(f"backend {self.name} has no reference beside its engine; run it where it can run")
+
+    def __str__(self) -> str:
+        return str(spec_of(self.name, self))
+
+
+def find_backend(text: str) -> Backend:
+    """The backend that ``name(key=value)`` stands for.
+
+    Raises:
+        UsageError: No such backend; the message lists the known ones.
+        SpecError: The notation or a key is wrong.
+    """
+    spec = Spec.parse(text)
+    backend = construct(registry.find(spec.name, BACKENDS, group=GROUP, kind="backend"), spec)
     assert isinstance(backend, Backend)
     return backend
 
 
-def require_support(backend: Backend, graph: Graph, target: Target) -> None:
-    """Raise Unsupported with every operator that ``backend`` cannot take: how often, where first, and why."""
+@dataclass(frozen=True)
+class Refusal:
+    """Calls that a backend cannot take for one reason.
+
+    Attributes:
+        op: The operator.
+        calls: How many there are.
+        place: Name of the first in the graph, which is its path in the model.
+        source: File and line of the model that made it; empty if unknown.
+        reason: Why, and what to do about it.
+    """
+
+    op: str
+    calls: int
+    place: str
+    source: str
+    reason: str
+
+    def __str__(self) -> str:
+        calls = "1 call" if self.calls == 1 else f"{self.calls} calls"
+        source = f" ({self.source})" if self.source else ""
+        return f"{self.op}: {calls}, first %{self.place}{source}: {self.reason}"
+
+
+def refusals(backend: Backend, graph: Graph, target: Target) -> tuple[Refusal, ...]:
+    """Every call of ``graph`` that ``backend`` cannot take for ``target``, alike ones together, sorted."""
     refused: dict[tuple[str, str], list[Node]] = {}
     for node in graph.nodes:
         if reason := backend.why_not(node, graph, target):
             refused.setdefault((node.op, reason), []).append(node)
-    if refused:
-        reasons = [_refusal(op, nodes, reason) for (op, reason), nodes in sorted(refused.items())]
-        raise Unsupported(f"backend {backend.name} cannot take {graph.name}:", reasons)
+    return tuple(
+        Refusal(op, len(nodes), nodes[0].name, nodes[0].source, reason)
+        for (op, reason), nodes in sorted(refused.items())
+    )
 
 
-def _refusal(op: str, nodes: Sequence[Node], reason: str) -> str:
-    source = f" ({nodes[0].source})" if nodes[0].source else ""
-    calls = "1 call" if len(nodes) == 1 else f"{len(nodes)} calls"
-    return f"{op}: {calls}, first %{nodes[0].name}{source}: {reason}"
+def require_support(backend: Backend, graph: Graph, target: Target) -> None:
+    """Raise Unsupported if ``backend`` builds nothing for ``target``, or with every call that it cannot take."""
+    if reason := backend.why_not_target(target):
+        raise Unsupported(f"backend {backend.name} cannot build for {target.name}: {reason}")
+    if refused := refusals(backend, graph, target):
+        raise Unsupported(f"backend {backend.name} cannot take {graph.name}:", [str(one) for one in refused])

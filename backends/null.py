@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,10 +35,11 @@ class NullEngine(Engine):
         return f"CPU, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
 
+@dataclass(frozen=True)
 class NullBackend(Backend):
     """Takes every operator that PyTorch has; writes the graph's text and its weights."""
 
-    name = "null"
+    name: ClassVar[str] = "null"
 
     def why_not(self, node: Node, graph: Graph, target: Target) -> str | None:
         """None, unless PyTorch does not know the operator."""
