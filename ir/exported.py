@@ -51,7 +51,7 @@ def trace(
         Unsupported: Control flow, data-dependent shapes, hidden state: all reasons at once, with module and line.
     """
     kwargs = {**inputs, **(static or {})}
-    shapes = _dynamic_shapes(inputs, dynamic or {}) | dict.fromkeys(static or {})
+    shapes = _dynamic_shapes(inputs, dynamic or {}) | {key: _fixed(value) for key, value in (static or {}).items()}
     title = name or type(module).__name__
     with torch.no_grad():
         try:

@@ -17,6 +17,14 @@ from intarsia.ir.errors import UsageError
 from intarsia.models.sampler import Conditioning, FlowMatchEuler
 
 MODELS: dict[str, str] = {
+    "cogvideox-5b": "intarsia.models.cogvideox:cogvideox_5b",
+    "cogvideox-mini": "intarsia.models.cogvideox:cogvideox_mini",
+    "hunyuanvideo": "intarsia.models.hunyuanvideo:hunyuanvideo",
+    "hunyuanvideo-mini": "intarsia.models.hunyuanvideo:hunyuanvideo_mini",
+    "ltx-2b": "intarsia.models.ltx:ltx_2b",
+    "ltx-mini": "intarsia.models.ltx:ltx_mini",
+    "resnet18": "intarsia.models.resnet:resnet18",
+    "resnet50": "intarsia.models.resnet:resnet50",
     "wan-mini": "intarsia.models.wan:wan_mini",
     "wan2.1-t2v-1.3b": "intarsia.models.wan:wan21_t2v_1_3b",
     "wan2.1-t2v-14b": "intarsia.models.wan:wan21_t2v_14b",

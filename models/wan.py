@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from intarsia.models import shapes
 from intarsia.models.base import Model, cast_parameters
+from intarsia.models.libraries import tolerate_torchvision
 from intarsia.models.sampler import FlowMatchEuler, noise
 
 LATENT = (16, 21, 60, 104)  # 81 frames of 480x832, through a VAE that divides time by 4 and height and width by 8
@@ -93,6 +94,7 @@ def _published(size: str, sampler: FlowMatchEuler, **sizes: int) -> Model:
 
 
 def _build(config: Mapping[str, object], dtype: torch.dtype) -> nn.Module:
+    tolerate_torchvision()
     from diffusers import WanTransformer3DModel
 
     shared = dict(cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6)

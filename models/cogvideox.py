@@ -1,0 +1,98 @@
+"""CogVideoX text-to-video transformers in diffusers' own class: text and video tokens in one stream."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.models.base import Model, cast_parameters
+from intarsia.models.libraries import tolerate_torchvision
+from intarsia.models.sampler import noise
+
+SOURCE = "CogVideoX (arXiv 2408.06072), diffusers CogVideoXTransformer3DModel"
+PATCH = 2  # pixels of the latent video, in height and in width, to a token
+
+
+def cogvideox_mini() -> Model:
+    """cogvideox-mini: 2 layers of 4 heads, random weights; structure and operators of CogVideoX-5B."""
+    config = dict(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=64,
+        text_embed_dim=48,
+        num_layers=2,
+        sample_width=12,
+        sample_height=8,
+        sample_frames=9,
+        max_text_seq_length=16,
+    )
+    return _model("cogvideox-mini", config, latent=(3, 4, 8, 12), text=(16, 48), dtype=torch.float32, batch=2)
+
+
+def cogvideox_5b() -> Model:
+    """CogVideoX-5B, 49 frames of 480x720. Configuration: THUDM/CogVideoX-5b, transformer/config.json."""
+    config = dict(num_attention_heads=48, attention_head_dim=64, num_layers=42, sample_frames=49)
+    return _model("cogvideox-5b", config, latent=(13, 16, 60, 90), text=(226, 4096), dtype=torch.bfloat16, batch=1)
+
+
+def _model(
+    name: str,
+    config: Mapping[str, int],
+    *,
+    latent: tuple[int, int, int, int],
+    text: tuple[int, int],
+    dtype: torch.dtype,
+    batch: int,
+) -> Model:
+    """A model for videos of ``latent`` (frames, channels, height, width) and ``text`` (tokens, width)."""
+    frames, _, height, width = latent
+    tokens = frames * (height // PATCH) * (width // PATCH)
+
+    def inputs() -> dict[str, Tensor]:
+        device = torch.get_default_device()
+        return {
+            "hidden_states": noise(latent, seed=0, count=batch).to(device, dtype),
+            "encoder_hidden_states": noise(text, seed=1, count=batch).to(device, dtype),
+            "timestep": torch.full((batch,), 500, dtype=torch.int64, device=device),
+        }
+
+    return Model(
+        name=name,
+        summary=f"{tokens:,} video and {text[0]} text tokens in one attention, {config['num_layers']} layers of "
+        f"{config['num_attention_heads']} heads; weights are the user's",
+        source=SOURCE,
+        dtype=dtype,
+        build=lambda: _build(config, (frames, height // PATCH, width // PATCH), dtype),
+        inputs=inputs,
+        outputs=("prediction",),
+        static={"return_dict": False},
+        dynamic={key: {0: "batch"} for key in ("hidden_states", "encoder_hidden_states", "timestep")},
+    )
+
+
+def _build(config: Mapping[str, int], grid: tuple[int, int, int], dtype: torch.dtype) -> nn.Module:
+    tolerate_torchvision()
+    from diffusers import CogVideoXTransformer3DModel
+
+    module = cast(nn.Module, CogVideoXTransformer3DModel(**config, use_rotary_positional_embeddings=True))
+    _hold_tables(module, config["attention_head_dim"], grid)
+    return cast_parameters(module, dtype).eval()
+
+
+def _hold_tables(module: nn.Module, channels: int, grid: tuple[int, int, int]) -> None:
+    """Let the module hold what its pipeline would give it: rotary tables f32 (tokens, channels) for this grid."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    frames, height, width = grid
+    cos, sin = get_3d_rotary_pos_embed(channels, ((0, 0), (height, width)), (height, width), frames)
+    module.register_buffer("rotary_cos", cos, persistent=False)
+    module.register_buffer("rotary_sin", sin, persistent=False)
+
+    def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tables = (module.get_buffer("rotary_cos"), module.get_buffer("rotary_sin"))
+        return args, {**kwargs, "image_rotary_emb": tables}
+
+    module.register_forward_pre_hook(give, with_kwargs=True)
