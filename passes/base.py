@@ -17,6 +17,7 @@ from intarsia.ir.spec import Spec, construct, spec_of
 from intarsia.ir.target import Target
 
 PASSES: dict[str, str] = {
+    "cast-floats": "intarsia.passes.cast_floats:CastFloats",
     "clean": "intarsia.passes.clean:Clean",
     "drop-noops": "intarsia.passes.drop_noops:DropNoops",
     "drop-unused": "intarsia.passes.drop_unused:DropUnused",

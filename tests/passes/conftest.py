@@ -48,6 +48,14 @@ def mlp() -> Graph:
     return Graph.parse(MLP)
 
 
+@pytest.fixture(scope="session")
+def wan_mini() -> Program:
+    """The trained wan-mini, traced once for all tests that look at it."""
+    from intarsia.flow import trace
+
+    return trace("wan-mini")
+
+
 @pytest.fixture
 def with_weights() -> Callable[[Graph], Program]:
     """The graph with random weights."""
