@@ -22,7 +22,8 @@ from intarsia.ir.graph import Arg, Graph, Node, Ref, Value
 from intarsia.ir.rewrite import drop_unused, rewrite
 from intarsia.ir.types import TensorType
 
-_DEFAULTS: dict[str, Arg] = {"attn_mask": None, "dropout_p": 0.0, "enable_gqa": False}
+_DEFAULTS: dict[str, Arg] = {"dropout_p": 0.0, "enable_gqa": False}
+_ATTENTIONS = ("aten.scaled_dot_product_attention", "intarsia.attention")
 
 
 def fuse(graph: Graph) -> Graph:
@@ -36,7 +37,7 @@ def _attention(node: Node, graph: Graph) -> Sequence[Node] | None:
     """The transposition after an attention, as the attention itself."""
     inner = _untransposed(node, graph)
     call = graph.producers.get(inner or "")
-    if call is None or call.op != "aten.scaled_dot_product_attention" or len(graph.users[call.name]) > 1:
+    if call is None or call.op not in _ATTENTIONS or len(graph.users[call.name]) > 1:
         return None
     if call.name in graph.outputs or any(call.args.get(key, value) != value for key, value in _DEFAULTS.items()):
         return None
@@ -45,6 +46,7 @@ def _attention(node: Node, graph: Graph) -> Sequence[Node] | None:
         return None
     args: dict[str, Arg] = {key: Ref(str(name)) for key, name in before.items()}
     args |= {"is_causal": call.args.get("is_causal", False), "scale": call.args.get("scale")}
+    args |= {new: call.args[old] for new, old in (("mask", "attn_mask"), ("lengths", "lengths")) if call.args.get(old)}
     return [Node(ATTENTION, args, node.outputs, call.source)]
 
 

@@ -18,6 +18,7 @@ import torch
 
 from intarsia.backends.onnx_fusion import fuse
 from intarsia.backends.onnx_operators import OPSET, translations
+from intarsia.backends.onnx_repairs import widen_selections
 from intarsia.backends.onnx_weights import Weights
 from intarsia.ir.errors import Unsupported
 from intarsia.ir.exported import export_program
@@ -59,6 +60,7 @@ def onnx_model(program: Program, dialect: Dialect | None = None) -> onnx_ir.Mode
     _name_calls(exported, fused.graph)
     model = _translate(exported, fused.graph, dialect)
     dialect.weights(model.graph, fused.graph).store()
+    widen_selections(model.graph)
     _name_values(model, fused.graph)
     _name_sizes(model, fused.graph, _symbols(exported, fused.graph))
     for tidy in (

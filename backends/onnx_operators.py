@@ -25,6 +25,9 @@ DOMAIN = "intarsia"
 OPSET = 23
 """The first with Attention, RMSNormalization and RotaryEmbedding; ONNX Runtime 1.31 runs up to 26."""
 
+_INT64 = 7
+"""``onnx.TensorProto.INT64``."""
+
 
 @torch.library.custom_op("intarsia_onnx::positions", mutates_args=())
 def positions(input: Tensor) -> Tensor:
@@ -54,15 +57,36 @@ def _(input: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, heads: int) ->
 
 
 @torch.library.custom_op("intarsia_onnx::attention", mutates_args=())
-def attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
-    """Query (B, S, H, D), key (B, T, H, D), value (B, T, H, E), heads beside channels: (B, S, H, E)."""
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Query (B, S, H, D), key (B, T, H, D), value (B, T, H, E), heads beside channels: (B, S, H, E).
+
+    ``mask`` is that of ``scaled_dot_product_attention``; keys from ``lengths`` (B) on are not attended to.
+    """
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    answer = scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+    if lengths is not None:
+        mask = (torch.arange(key.shape[2]) < lengths[:, None])[:, None, None, :]
+    answer = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale)
     return answer.transpose(1, 2).contiguous()
 
 
 @attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
@@ -72,6 +96,8 @@ def translations() -> Mapping[Callable[..., Any], Callable[..., Any]]:
         torch.ops.intarsia_onnx.positions.default: _positions,
         torch.ops.intarsia_onnx.rotary.default: _rotary,
         torch.ops.intarsia_onnx.attention.default: _attention,
+        torch.ops.intarsia.attention.default: _attention_of_lengths,
+        torch.ops.aten.scaled_dot_product_attention.default: _attention_of_heads,
         torch.ops.aten.linear.default: _linear,
         torch.ops.intarsia.linear_i8.default: _linear_i8,
         torch.ops.intarsia.linear_i4.default: _linear_i4,
@@ -93,15 +119,74 @@ def _rotary(input: Any, cos: Any, sin: Any, positions: Any, heads: int) -> Any:
     return op.Reshape(turned, [0, 0, heads, -1])
 
 
-def _attention(query: Any, key: Any, value: Any, is_causal: bool, scale: float | None) -> Any:
+def _attention(
+    query: Any, key: Any, value: Any, is_causal: bool, scale: float | None, mask: Any = None, lengths: Any = None
+) -> Any:
     """Heads stay beside channels: ONNX Runtime reads them strided, which saves four transpositions."""
     from onnxscript import opset23 as op
 
     heads, kv_heads = query.shape[2], key.shape[2]
     flat = [op.Reshape(tensor, [0, 0, -1]) for tensor in (query, key, value)]
-    given = {} if scale is None else {"scale": scale}
-    answer, *_ = op.Attention(*flat, q_num_heads=heads, kv_num_heads=kv_heads, is_causal=int(is_causal), **given)
-    return op.Reshape(answer, [0, 0, heads, -1])
+    if lengths is not None:
+        mask = _attended(lengths, op.Shape(key, start=1, end=2))
+    whole = _for_every_query(mask, op.Shape(query, start=1, end=2))
+    given: dict[str, Any] = {} if scale is None else {"scale": scale}
+    given |= {"q_num_heads": heads, "kv_num_heads": kv_heads, "is_causal": int(is_causal)}
+    answer = op.Reshape(op.Attention(*flat, whole, **given)[0], [0, 0, heads, -1])
+    return answer if lengths is None else _zero_without_keys(answer, lengths, query)
+
+
+def _attention_of_lengths(query: Any, key: Any, value: Any, lengths: Any = None, scale: float | None = None) -> Any:
+    """``intarsia::attention``, heads before tokens."""
+    from onnxscript import opset23 as op
+
+    mask = None if lengths is None else _attended(lengths, op.Shape(key, start=2, end=3))
+    answer = _attention_of_heads(query, key, value, mask, scale=scale)
+    return answer if lengths is None else _zero_without_keys(answer, lengths, query)
+
+
+def _attention_of_heads(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """``scaled_dot_product_attention`` of four axes, heads before tokens."""
+    from onnxscript import opset23 as op
+
+    if dropout_p or len(query.shape) != 4:
+        raise ValueError(f"attention with dropout {dropout_p} on {len(query.shape)} axes; ONNX has it on 4, without")
+    mask = _for_every_query(attn_mask, op.Shape(query, start=2, end=3))
+    given: dict[str, Any] = {} if scale is None else {"scale": scale}
+    return op.Attention(query, key, value, mask, is_causal=int(is_causal), **given)[0]
+
+
+def _attended(lengths: Any, keys: Any) -> Any:
+    """Which of the ``keys`` (1) a row attends to: booleans (B, 1, 1, T)."""
+    from onnxscript import opset23 as op
+
+    positions = op.Range(0, op.Squeeze(keys), 1)
+    return op.Less(positions, op.Reshape(op.Cast(lengths, to=_INT64), [-1, 1, 1, 1]))
+
+
+def _for_every_query(mask: Any, queries: Any) -> Any:
+    """A mask that is one row for all ``queries`` (1), repeated for each: ONNX Runtime 1.31 does not broadcast it."""
+    from onnxscript import opset23 as op
+
+    if mask is None or mask.shape[-2] != 1:
+        return mask
+    return op.Expand(mask, op.Concat(queries, op.Shape(mask, start=-1), axis=0))
+
+
+def _zero_without_keys(answer: Any, lengths: Any, query: Any) -> Any:
+    """Zeros for a row that attends to no key; ONNX Runtime gives the mean of all values there."""
+    from onnxscript import opset23 as op
+
+    return op.Mul(answer, op.Reshape(op.CastLike(op.Greater(op.Cast(lengths, to=_INT64), 0), query), [-1, 1, 1, 1]))
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
