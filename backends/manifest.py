@@ -16,7 +16,7 @@ from typing import Any
 
 from intarsia.ir.errors import QualityError, UsageError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 MEASUREMENTS = "measurements.json"
 REPORT = "report.html"

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from intarsia.backends.base import Engine
-from intarsia.backends.bundle import Bundle
 from intarsia.backends.writing import new_file
 from intarsia.ir.errors import MissingEnvironment, UsageError
 from intarsia.ir.graph import Graph
@@ -21,11 +20,6 @@ from intarsia.ir.operators import DTYPES
 
 SMALLEST_SIDE = 128
 """Pixels below which a video is enlarged by a whole factor, so that a person sees it."""
-
-
-def load_engine(bundle: Bundle) -> Engine:
-    """The bundle's engine; QualityError if its files are not what the manifest says."""
-    return bundle.engine()
 
 
 def denoiser(engine: Callable[..., tuple[Tensor, ...]], graph: Graph) -> Callable[..., Tensor]:

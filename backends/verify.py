@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from intarsia.backends import agreement
-from intarsia.backends.base import Engine
-from intarsia.backends.bundle import Bundle, fingerprints, load_bundle
+from intarsia.backends.bundle import Bundle, Chosen, fingerprints, load_bundle
 from intarsia.backends.manifest import faults
 from intarsia.ir.errors import IntarsiaError, MissingEnvironment, QualityError
 from intarsia.ir.verify import verify
 
+PASSED = "passed"
+NOT_RUN = "not run"
+
 
 @dataclass(frozen=True)
 class Check:
-    """One claim and what was found."""
+    """One claim, whether it was ``passed`` or ``not run``, and what was found; one that fails is an error."""
 
     name: str
-    passed: bool
+    status: str
     detail: str
 
 
@@ -35,47 +38,83 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every claim holds."""
-        return all(check.passed for check in self.checks)
+        """Whether every claim was checked and holds."""
+        return not self.not_run
+
+    @property
+    def not_run(self) -> tuple[Check, ...]:
+        """What this machine could not check."""
+        return tuple(check for check in self.checks if check.status == NOT_RUN)
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
         return {"folder": self.folder, "passed": self.passed, "checks": [asdict(check) for check in self.checks]}
 
 
-def verify_bundle(folder: Path, *, seed: int = 1, progress: Callable[[str], None] | None = None) -> VerifyReport:
+def verify_bundle(
+    folder: Path,
+    *,
+    engine: str | None = None,
+    reference: bool = False,
+    seed: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> VerifyReport:
     """Check every claim that can be checked without the model's own code; seconds for a small model.
 
     Args:
+        engine: The backend whose engine is checked; all engines otherwise.
+        reference: Where this machine cannot run an engine, run its reference: the same files by other means.
         seed: Of the inputs on which engine and reference are compared afresh, beside the stored sample.
         progress: Called with the name of each check as it starts.
 
     Raises:
-        UsageError: The folder is no bundle.
+        UsageError: The folder is no bundle, or holds no such engine.
         QualityError: A claim does not hold; names the file or the claim.
-        MissingEnvironment: This machine cannot run the engine.
     """
     bundle = load_bundle(folder)
-    checks: list[Check] = [Check("manifest", True, "its text is what its seal says")]
-    engine: list[Engine] = []
-    pending: tuple[tuple[str, Callable[[], str]], ...] = (
-        ("files", lambda: _files(bundle)),
-        ("graph", lambda: _graph(bundle)),
-        ("fingerprints", lambda: _fingerprints(bundle)),
-        ("engine loads", lambda: _load(bundle, engine)),
-        ("stored sample", lambda: _stored_sample(bundle, engine[0])),
-        ("fresh inputs", lambda: _fresh_inputs(bundle, engine[0], seed)),
-    )
-    for name, check in pending:
-        if progress is not None:
-            progress(name)
+    engines = (bundle.known(engine),) if engine else bundle.engines
+    checking = _Checking(bundle, progress or (lambda _: None))
+    checking.done.append(Check("manifest", PASSED, "its text is what its seal says"))
+    checking.check("files", partial(_files, bundle))
+    checking.check("graph", partial(_graph, bundle))
+    checking.check("fingerprints", partial(_fingerprints, bundle))
+    for name in engines:
+        checking.check(f"{name}: structure", partial(bundle.check, name))
+        if chosen := checking.load(name, reference=reference):
+            checking.check(f"{name}: stored sample", partial(_stored_sample, bundle, chosen))
+            checking.check(f"{name}: fresh inputs", partial(_fresh_inputs, bundle, chosen, seed))
+    return VerifyReport(str(folder), tuple(checking.done))
+
+
+class _Checking:
+    """Checks of a bundle, one after the other."""
+
+    def __init__(self, bundle: Bundle, progress: Callable[[str], None]) -> None:
+        self.bundle = bundle
+        self.progress = progress
+        self.done: list[Check] = []
+
+    def check(self, name: str, find: Callable[[], str]) -> None:
+        """Note what ``find`` says; any error but a missing environment is a claim that does not hold."""
+        self.progress(name)
         try:
-            checks.append(Check(name, True, check()))
+            self.done.append(Check(name, PASSED, find()))
         except (QualityError, MissingEnvironment):
             raise
         except IntarsiaError as error:
-            raise QualityError(f"{folder}: {name}: {error}") from error
-    return VerifyReport(str(folder), tuple(checks))
+            raise QualityError(f"{self.bundle.folder}: {name}: {error}") from error
+
+    def load(self, engine: str, *, reference: bool) -> Chosen | None:
+        """The engine, ready to run; None, noted as not run, where this machine cannot."""
+        name = f"{engine}: loads"
+        self.progress(name)
+        try:
+            chosen = self.bundle.choose(engine, reference=reference)
+        except MissingEnvironment as error:
+            self.done.append(Check(name, NOT_RUN, str(error).removeprefix(f"{self.bundle.folder}: ")))
+            return None
+        self.done.append(Check(name, PASSED, chosen.why))
+        return chosen
 
 
 def _files(bundle: Bundle) -> str:
@@ -97,26 +136,28 @@ def _fingerprints(bundle: Bundle) -> str:
     return ", ".join(f"{key} {value}" for key, value in found.items() if value)
 
 
-def _load(bundle: Bundle, engine: list[Engine]) -> str:
-    engine.append(bundle.engine())
-    return engine[0].device
-
-
-def _stored_sample(bundle: Bundle, engine: Engine) -> str:
+def _stored_sample(bundle: Bundle, chosen: Chosen) -> str:
     sample = bundle.sample
-    answer = engine(*sample.inputs)
+    answer = chosen.engine(*sample.inputs)
+    stored = sample.engines.get(chosen.name)
+    against = [(stored, "its stored answer")] if stored else []
     return "; ".join(
-        _agree(bundle, answer, expected, f"the engine on the stored sample against {what}")
-        for expected, what in ((sample.engine, "its stored answer"), (sample.reference, "the stored reference"))
+        _agree(bundle, answer, expected, f"{_subject(chosen)} on the stored sample against {what}")
+        for expected, what in (*against, (sample.reference, "the stored reference"))
     )
 
 
-def _fresh_inputs(bundle: Bundle, engine: Engine, seed: int) -> str:
+def _subject(chosen: Chosen) -> str:
+    return f"the reference of {chosen.name}" if chosen.on_reference else "the engine"
+
+
+def _fresh_inputs(bundle: Bundle, chosen: Chosen, seed: int) -> str:
     generator = torch.Generator().manual_seed(seed)
     inputs = tuple(_like(tensor, generator) for tensor in bundle.sample.inputs)
     with torch.no_grad():
         reference = tuple(bundle.program.module()(*inputs))
-    return _agree(bundle, engine(*inputs), reference, f"the engine on fresh inputs (seed {seed}) against the reference")
+    what = f"{_subject(chosen)} on fresh inputs (seed {seed}) against the reference"
+    return _agree(bundle, chosen.engine(*inputs), reference, what)
 
 
 def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:

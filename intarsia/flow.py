@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from intarsia import subject as subjects
-from intarsia.backends.base import Engine, find_backend
-from intarsia.backends.bundle import Bundle, Evidence, add_report, load_bundle, write_bundle
+from intarsia.backends.base import Backend, find_backend
+from intarsia.backends.bundle import Bundle, Chosen, load_bundle
 from intarsia.backends.null import NullEngine
+from intarsia.backends.packing import Build, add_report, write_bundle
 from intarsia.backends.runner import bench as time_engine
 from intarsia.backends.runner import denoiser
-from intarsia.backends.verify import Check, VerifyReport, verify_bundle
-from intarsia.ir.errors import NoGain, QualityError, Unsupported, UsageError
+from intarsia.backends.verify import VerifyReport, verify_bundle
+from intarsia.evidence import evidence, sample_inputs, verify_quality
+from intarsia.ir.errors import NoGain, Unsupported, UsageError
 from intarsia.ir.graph import Graph
-from intarsia.ir.plan import Plan
+from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program, example_inputs, materialize
 from intarsia.ir.target import Target, load_target
 from intarsia.models.sampler import FlowMatchEuler
-from intarsia.passes.apply import apply
+from intarsia.passes.apply import apply, run_passes
 from intarsia.passes.base import find_pass
 from intarsia.search.explain import Explanation
 from intarsia.search.explain import explain as explain_plan
 from intarsia.search.journal import open_journal
 from intarsia.search.progress import Progress, Silent
-from intarsia.search.quality import Goal, Quality, measure
-from intarsia.search.roofline import Prediction, predict
+from intarsia.search.quality import Goal
+from intarsia.search.roofline import predict
 from intarsia.search.search import SearchResult
 from intarsia.search.search import search as find_plan
-from intarsia.search.work import attention_sites, summary
 from intarsia.subject import Subject
 
 if TYPE_CHECKING:
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 
 PASSES = ("quantize-linear",)
 """The passes that a search decides about when the user names none."""
-
-SHEET_SAMPLES = 6
-"""Held-out videos shown side by side in the picture of a bundle."""
 
 
 def trace(
@@ -130,9 +127,10 @@ def export(
     model: str | Path | Subject,
     plan: Plan | None,
     *,
-    backend: str,
+    backends: Sequence[str],
     target: str,
     output: Path,
+    passes: Sequence[str] = (),
     weights: Path | None = None,
     quality: str | None = None,
     effort: str = "default",
@@ -141,35 +139,47 @@ def export(
     command: str = "",
     progress: Progress | None = None,
 ) -> Bundle:
-    """Build the engine of the model under ``plan`` (None: unchanged), measure it, and write the bundle with its report.
+    """Build engines of the model under ``plan`` (None: unchanged), measure one, and write the bundle with its report.
+
+    Args:
+        backends: What engines are built with, ``name(key=value)``; one bundle holds one engine of each.
+        passes: Passes that run as they are, without a choice, where there is no plan.
+        quality: Goal that the engine that would be chosen here must meet.
 
     Raises:
-        Unsupported: Operators that the backend cannot take, all at once.
+        Unsupported: Operators that a backend cannot take, all at once.
         QualityError: ``quality`` is asked for and the engine misses it on held-out noise; nothing is written.
         PlanError: The plan is not for this graph.
+        MissingEnvironment: A package or a compiler that a backend needs is not there, or ``quality`` is asked for and
+            nothing runs here.
     """
     progress = progress or Silent()
-    goal, machine, builder = Goal.parse(quality) if quality else None, load_target(target), find_backend(backend)
+    goal, machine, builders = Goal.parse(quality) if quality else None, load_target(target), _backends(backends)
     subject = model if isinstance(model, Subject) else _resolve(model, weights, progress)
     graph = subject.program.graph
+    if plan and passes:
+        raise UsageError("--plan and --pass exclude each other: a plan says itself which passes run")
+    if passes:
+        plan = Plan(graph.fingerprint, machine.name, (Phase(tuple(Step(text, {}) for text in passes)),))
     if plan and len(plan.phases) > 1:
         raise Unsupported(f"{subject.name}: the plan has {len(plan.phases)} phases; an engine takes one, merge them")
     planned = apply(plan, graph, machine) if plan else graph
     progress.start("build weights", None)
     program = materialize(replace(subject.program, graph=planned))
+    builds = [Build(builder, _prepared(program, builder, machine)) for builder in builders]
     sampler = subject.model.sampler if subject.model else None
     bundle = write_bundle(
         output,
         program=program,
         plan=plan,
-        backend=builder,
+        builds=builds,
         target=machine,
-        inputs=_sample_inputs(subject),
+        inputs=sample_inputs(subject),
         sampler=sampler.to_json() if sampler else None,
         predicted=_predicted(subject, program.graph, machine),
         command=command,
         config=config or {},
-        evidence=lambda engine: _evidence(subject, engine, goal=goal, effort=effort, seed=seed, progress=progress),
+        evidence=lambda chosen: evidence(subject, chosen, goal=goal, effort=effort, seed=seed, progress=progress),
         progress=lambda stage: progress.start(stage, None),
     )
     progress.finish()
@@ -181,7 +191,7 @@ def optimize(
     *,
     target: str,
     quality: str,
-    backend: str = "onnx",
+    backends: Sequence[str] = ("onnx",),
     output: Path,
     passes: Sequence[str] = PASSES,
     minimize: str = "both",
@@ -197,7 +207,7 @@ def optimize(
 ) -> Bundle:
     """Search, export, verify and report in one go; the arguments are those of ``search`` and ``export``."""
     progress = progress or Silent()
-    find_backend(backend)
+    _backends(backends)
     subject = _resolve(model, weights, progress)
     result = search(
         subject,
@@ -215,7 +225,7 @@ def optimize(
     bundle = export(
         subject,
         result.plan,
-        backend=backend,
+        backends=backends,
         target=target,
         output=output,
         quality=quality,
@@ -225,21 +235,32 @@ def optimize(
         command=command,
         progress=progress,
     )
-    verify(bundle.folder, progress=progress)
+    verify(bundle.folder, reference=True, progress=progress)
     return bundle
 
 
-def verify(folder: Path, *, full: bool = False, progress: Progress | None = None) -> VerifyReport:
+def verify(
+    folder: Path,
+    *,
+    full: bool = False,
+    engine: str | None = None,
+    reference: bool = False,
+    progress: Progress | None = None,
+) -> VerifyReport:
     """Check every file and claim of a bundle; ``full`` also makes the held-out videos again and compares the quality.
+
+    ``engine`` and ``reference`` are those of ``backends.verify.verify_bundle``.
 
     Raises:
         UsageError: The folder is no bundle.
         QualityError: A claim does not hold; names the file or the claim.
     """
     progress = progress or Silent()
-    report = verify_bundle(folder, progress=lambda stage: progress.start(stage, None))
+    report = verify_bundle(
+        folder, engine=engine, reference=reference, progress=lambda stage: progress.start(stage, None)
+    )
     if full:
-        report = replace(report, checks=(*report.checks, _verify_quality(load_bundle(folder), progress)))
+        report = replace(report, checks=(*report.checks, verify_quality(load_bundle(folder), progress)))
     progress.finish()
     return report
 
@@ -256,12 +277,19 @@ def run(
     prompts: Sequence[str] = (),
     seed: int = 0,
     count: int = 1,
+    engine: str | None = None,
+    reference: bool = False,
     progress: Progress | None = None,
-) -> list[Path]:
-    """Make ``count`` videos of each prompt with the bundle's engine: a GIF each, and a contact sheet of all.
+) -> tuple[list[Path], Chosen]:
+    """Make ``count`` videos of each prompt: a GIF each, and a contact sheet of all; the files, and the engine taken.
+
+    Args:
+        engine: The backend whose engine runs; the preferred one of those that run here otherwise.
+        reference: Where none runs here, run an engine's reference: the same files by other, slower means.
 
     Raises:
         UsageError: The bundle holds no sampler or its model knows no prompts.
+        MissingEnvironment: No engine runs here.
     """
     from intarsia.pictures import write_videos
 
@@ -273,75 +301,54 @@ def run(
     asked = [prompt for prompt in prompts or model.prompts[:4] for _ in range(count)]
     sampler = FlowMatchEuler.from_json(bundle.sampler)
     progress.start("videos", len(asked) * sampler.steps)
-    denoise = cast("Denoise", denoiser(bundle.engine(), bundle.graph))
+    chosen = bundle.choose(engine, reference=reference)
+    denoise = cast("Denoise", denoiser(chosen.engine, bundle.graph))
     videos = subjects.sampled(denoise, bundle.graph, model, sampler, asked, seed=seed, progress=progress)
     progress.finish()
-    return write_videos(videos, asked, output)
+    return write_videos(videos, asked, output), chosen
 
 
 def bench(
-    subject: str | Path, *, repeats: int = 20, seed: int = 0, progress: Progress | None = None
+    subject: str | Path,
+    *,
+    engine: str | None = None,
+    repeats: int = 20,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> dict[str, object]:
-    """Seconds of one call: of a bundle's engine, or of a model run eagerly through PyTorch. Median and quartiles."""
+    """Seconds of one call: of a bundle's engine, or of a model run eagerly through PyTorch. Median and quartiles.
+
+    ``engine`` names the backend whose engine is timed; the preferred one of those that run here otherwise.
+    """
     progress = progress or Silent()
     if Path(subject).is_dir():
         bundle = load_bundle(Path(subject))
-        engine: Engine = bundle.engine()
-        inputs, title = bundle.sample.inputs, str(bundle.manifest["backend"]["name"])
+        chosen = bundle.choose(engine)
+        timed, inputs, title = chosen.engine, bundle.sample.inputs, chosen.name
+    elif engine:
+        raise UsageError(f"{subject} is no bundle, whose engine {engine} could be timed; a model runs eagerly")
     else:
         found = _resolve(subject, None, progress)
-        engine, title = NullEngine(materialize(found.program)), "eager"
-        inputs = _sample_inputs(found) or example_inputs(found.program.graph, seed=seed)
+        timed, title = NullEngine(materialize(found.program)), "eager"
+        inputs = sample_inputs(found) or example_inputs(found.program.graph, seed=seed)
     progress.start("time engine", None)
-    timing = time_engine(engine, inputs, repeats=repeats)
+    timing = time_engine(timed, inputs, repeats=repeats)
     progress.finish()
     return {"what": str(subject), "engine": title, **asdict(timing), "threads": torch.get_num_threads()}
 
 
-def inspect(
-    subject: str | Path, *, target: str | None = None, sizes: Mapping[str, int] | None = None
-) -> dict[str, Any]:
-    """What a graph computes and moves, its attention sites, and how long ``target`` takes for it.
-
-    ``subject`` is a model (traced without memory for weights), a ``.graph`` file, a bundle's folder or a plan's file.
-    """
-    path = Path(subject)
-    if path.suffix == ".json" and not path.is_dir():
-        return {"kind": "plan", **json.loads(Plan.load(path).to_json())}
-    if path.is_dir():
-        bundle = load_bundle(path)
-        return {"kind": "bundle", "manifest": dict(bundle.manifest), **_counted(bundle.graph, target, sizes)}
-    return {"kind": "graph", **_counted(subjects.resolve(subject, meta=True).program.graph, target, sizes)}
+def _prepared(program: Program, backend: Backend, target: Target) -> Program:
+    """The program as the backend's passes leave it; what they add to weights has run."""
+    graph = run_passes(backend.passes, program.graph, target)
+    return program if graph is program.graph else materialize(replace(program, graph=graph))
 
 
-def _counted(graph: Graph, target: str | None, sizes: Mapping[str, int] | None) -> dict[str, Any]:
-    work, sites = summary(graph, sizes), attention_sites(graph, sizes)
-    facts: dict[str, Any] = {
-        "name": graph.name,
-        "fingerprint": graph.fingerprint,
-        "nodes": len(graph.nodes),
-        "inputs": {value.name: str(value.type) for value in graph.inputs},
-        "outputs": {name: str(graph.values[name].type) for name in graph.outputs},
-        "sizes": [str(size) for size in graph.sizes],
-        "flops": work.flops,
-        "flops_by_class": dict(work.flops_by_class),
-        "bytes_moved": work.bytes,
-        "parameters": work.parameters,
-        "weight_bytes": work.weight_bytes,
-        "operators_unknown": list(work.unknown),
-        "attention_sites": [asdict(site) for site in sites],
-    }
-    if target is not None:
-        predicted = predict(graph, load_target(target), sizes)
-        facts |= {"target": target, "predicted_seconds": predicted.seconds, "seconds_by_bound": _by_bound(predicted)}
-    return facts
-
-
-def _by_bound(predicted: Prediction) -> dict[str, float]:
-    table: dict[str, float] = {}
-    for cost in predicted.nodes.values():
-        table[cost.bound] = table.get(cost.bound, 0.0) + cost.seconds
-    return table
+def _backends(texts: Sequence[str]) -> list[Backend]:
+    found = [find_backend(text) for text in texts]
+    for name, count in Counter(backend.name for backend in found).items():
+        if count > 1:
+            raise UsageError(f"--backend {name} is given {count} times; a bundle holds one engine of each backend")
+    return found
 
 
 def _resolve(model: str | Path, weights: Path | None, progress: Progress) -> Subject:
@@ -349,17 +356,6 @@ def _resolve(model: str | Path, weights: Path | None, progress: Progress) -> Sub
     subject = subjects.resolve(model, weights=weights)
     progress.finish()
     return subject
-
-
-def _sample_inputs(subject: Subject) -> tuple[Tensor, ...] | None:
-    """The model's own example inputs in the graph's order, where it is a registered one."""
-    if subject.model is None:
-        return None
-    examples = subject.model.inputs()
-    graph = subject.program.graph
-    if any(value.name not in examples for value in graph.inputs):
-        return None
-    return tuple(examples[value.name] for value in graph.inputs)
 
 
 def _predicted(subject: Subject, graph: Graph, target: Target) -> dict[str, object]:
@@ -373,75 +369,6 @@ def _predicted(subject: Subject, graph: Graph, target: Target) -> dict[str, obje
         "baseline_bytes": before.bytes,
         "source": f"roofline of {target.name}",
     }
-
-
-def _evidence(
-    subject: Subject, engine: Engine, *, goal: Goal | None, effort: str, seed: int, progress: Progress
-) -> Evidence:
-    """Quality of the engine on held-out noise against the unchanged model, and what a clock says of both."""
-    from intarsia.pictures import side_by_side
-
-    work = subjects.workload(subject, seed=seed, effort=effort, progress=progress, record=False)
-    dense = NullEngine(materialize(subject.program))
-    started = time.perf_counter()
-    references = work.outputs(dense, "held-out", progress)
-    dense_seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    ours = work.outputs(engine, "held-out", progress)
-    engine_seconds = time.perf_counter() - started
-    quality = measure(ours, references)
-    if goal is not None and not goal.met(quality):
-        raise QualityError(
-            f"{subject.name}: on held-out noise the engine reaches {goal.reached(quality)}; nothing is written. "
-            "Ask for less, or search with --effort full"
-        )
-    inputs = _sample_inputs(subject) or example_inputs(subject.program.graph, seed=seed)
-    progress.start("time engine", None)
-    timing = time_engine(engine, inputs)
-    eager = time_engine(dense, inputs)
-    measurements = {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "device": engine.device,
-        "threads": torch.get_num_threads(),
-        "engine": asdict(timing),
-        "eager": asdict(eager),
-        "held_out_seconds": {"engine": engine_seconds, "eager": dense_seconds},
-    }
-    facts = {
-        "goal": str(goal) if goal else None,
-        "against": "the unchanged model run eagerly, same noise and prompts",
-        "unchanged": {"graph": subject.program.graph.fingerprint, "weights": subject.program.fingerprint()},
-        "workload": dict(work.describe),
-        "metrics": quality.to_json(),
-    }
-    frames = side_by_side(references[:SHEET_SAMPLES], ours[:SHEET_SAMPLES]) if references.ndim == 5 else None
-    return Evidence(quality=facts, measurements=measurements, frames=frames)
-
-
-def _verify_quality(bundle: Bundle, progress: Progress) -> Check:
-    """Make the held-out outputs again through engine and unchanged model; the claimed means must come out."""
-    claimed = bundle.manifest["quality"]
-    workload = claimed["workload"]
-    subject = _resolve(bundle.graph.name, None, progress)
-    found = {"graph": subject.program.graph.fingerprint, "weights": subject.program.fingerprint()}
-    if found != claimed["unchanged"]:
-        raise UsageError(
-            f"{bundle.folder}: its quality was measured against {_pair(claimed['unchanged'])}; {subject.name} here is "
-            f"{_pair(found)}, so --full cannot repeat it; verify without --full checks everything else"
-        )
-    work = subjects.workload(subject, seed=workload["seed"], effort=workload["effort"], progress=progress, record=False)
-    references = work.outputs(NullEngine(materialize(subject.program)), "held-out", progress)
-    quality = measure(work.outputs(bundle.engine(), "held-out", progress), references)
-    for name, metric in Quality.from_json(claimed["metrics"]).metrics.items():
-        if abs(quality[name].mean - metric.mean) > max(0.05, 0.002 * abs(metric.mean)):
-            raise QualityError(
-                f"{bundle.folder}: {name} on held-out noise is {quality[name].mean:.2f}, claimed is {metric.mean:.2f}"
-            )
-    return Check("quality", True, f"held-out noise gives {quality}, as claimed")
-
-
-def _pair(fingerprints: Mapping[str, str]) -> str:
-    return f"graph {fingerprints['graph']} with weights {fingerprints['weights']}"
 
 
 def _with_report(bundle: Bundle) -> Bundle:

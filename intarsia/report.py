@@ -81,7 +81,7 @@ def page_of(folder: Path) -> Page:
     facts = read_facts(folder)
     manifest = facts.manifest
     model = facts.config.get("model") or facts.folder.resolve().name
-    target, backend = manifest["target"], manifest["backend"]
+    target = manifest["target"]
     return Page(
         title=f"{model} for {target['name']}",
         verdict=_verdict(facts),
@@ -96,9 +96,13 @@ def page_of(folder: Path) -> Page:
         command=str(manifest["command"]),
         identity=(
             ("target", f"{target['name']}: {target['summary']}"),
-            ("backend", str(backend["name"])),
+            *((f"engine of {name}", f"{one['backend']}: {one['check']}") for name, one in manifest["engines"].items()),
             *((name, str(text)) for name, text in manifest.get("fingerprints", {}).items() if text),
-            *((f"backend: {name}", str(text)) for name, text in backend.get("info", {}).items()),
+            *(
+                (f"{backend}: {name}", str(text))
+                for backend, one in manifest["engines"].items()
+                for name, text in one["info"].items()
+            ),
         ),
         versions=tuple((name, str(text)) for name, text in manifest.get("versions", {}).items()),
         configuration=tuple((name, _as_text(value)) for name, value in facts.config.items()),
@@ -125,12 +129,13 @@ def _verdict(facts: Facts) -> str:
         gains.append(f"its weights are {ratio(before, after)} smaller")
     if slow and fast:
         gains.append(f"it is predicted to run {speed(slow, fast)}")
-    text = f"An engine for {facts.manifest['backend']['name']}"
+    text = f"An engine for {facts.backends}"
     text += f": {' and '.join(gains)}." if gains else "."
     if facts.quality:
         name = next(iter(facts.goal), next(iter(facts.quality)))
         values = facts.quality[name]
-        text += f" On held-out noise it stays at {figure(name, values['mean'])} {METRICS.get(name, name)}"
+        subject = "it stays" if not facts.on_reference else "its reference, run in its place, stays"
+        text += f" On held-out noise {subject} at {figure(name, values['mean'])} {METRICS.get(name, name)}"
         bound = facts.goal.get(name)
         text += f", where {figure(name, bound)} was asked." if bound is not None else "."
     return text
@@ -142,7 +147,7 @@ def _cards(facts: Facts) -> tuple[Card, ...]:
     if predicted.get("baseline_bytes") and predicted.get("bytes"):
         before, after = predicted["baseline_bytes"], predicted["bytes"]
         cards.append(Card("Weights", f"{ratio(before, after)} smaller", f"{size(before)} to {size(after)}"))
-    cards.append(Card("Engine on disk", size(facts.engine_bytes), f"the files of {facts.manifest['backend']['name']}"))
+    cards.append(Card("Engine on disk", size(facts.engine_bytes), f"the files of {facts.backends}"))
     if predicted.get("baseline_seconds") and predicted.get("seconds"):
         before, after = predicted["baseline_seconds"], predicted["seconds"]
         detail = f"{duration(before)} to {duration(after)} a call on {facts.manifest['target']['name']}"

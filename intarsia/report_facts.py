@@ -48,15 +48,24 @@ class Facts:
 
     @property
     def engine_bytes(self) -> int:
-        """Size of the backend's files."""
-        prefix = f"engine/{self.manifest['backend']['name']}/"
-        return sum(entry["bytes"] for name, entry in self.manifest["files"].items() if name.startswith(prefix))
+        """Size of the engines' files."""
+        return sum(entry["bytes"] for name, entry in self.manifest["files"].items() if name.startswith("engine/"))
+
+    @property
+    def on_reference(self) -> bool:
+        """Whether the quality is that of an engine's reference, since no engine ran where the bundle was made."""
+        return bool(self.manifest.get("quality", {}).get("engine", {}).get("on_reference"))
+
+    @property
+    def backends(self) -> str:
+        """Names of the backends whose engines are here."""
+        return ", ".join(self.manifest["engines"])
 
 
 def read_facts(folder: Path) -> Facts:
     """The files of the bundle in ``folder``; UsageError if it is no bundle or one of them is no JSON."""
     manifest = _object(folder, "manifest.json")
-    if not {"backend", "target", "files", "command"} <= manifest.keys():
+    if not {"engines", "target", "files", "command"} <= manifest.keys():
         raise UsageError(f"{folder} is no bundle: manifest.json lacks what export writes")
     plan = Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None
     measurements = _object(folder, "measurements.json") if (folder / "measurements.json").is_file() else {}

@@ -52,7 +52,7 @@ def traced(program: Program, graph_file: Path, weight_file: Path | None) -> tupl
 
 
 def inspected(facts: Mapping[str, Any]) -> Lines:
-    """What ``flow.inspect`` found, for a person."""
+    """What ``inspection.inspect`` found, for a person."""
     if facts["kind"] == "plan":
         return _plan(facts)
     head = {key: facts[key] for key in ("name", "fingerprint", "nodes", "inputs", "outputs", "sizes")}
@@ -72,11 +72,31 @@ def inspected(facts: Mapping[str, Any]) -> Lines:
     lines += ["", table(("work", "operations", "share"), by_class, right=2)]
     if facts["attention_sites"]:
         lines += ["", _attention(facts["attention_sites"])]
+    if "backend" in facts:
+        lines += ["", *_taken(facts["backend"])]
     if "target" in facts:
         bounds = [(name, duration(seconds)) for name, seconds in facts["seconds_by_bound"].items()]
         lines += ["", f"{facts['target']}: {duration(facts['predicted_seconds'])} a call"]
         lines.append(table(("bound by", "seconds"), bounds, right=1))
     return lines
+
+
+def _taken(facts: Mapping[str, Any]) -> Lines:
+    """What a backend would make of a graph, and what it refuses."""
+    lines: list[str | Table] = []
+    if facts["target_refused"]:
+        lines.append(f"{facts['name']} builds nothing for this target: {facts['target_refused']}")
+    if facts["put_in"]:
+        lines.append(f"put in: {', '.join(f'{count} {op}' for op, count in facts['put_in'].items())}")
+    for name, places in facts["passed_over"].items():
+        reasons = Counter(places.values())
+        first = {reason: place for place, reason in reversed(places.items())}
+        rows = [(str(count), first[reason], reason) for reason, count in reasons.items()]
+        lines += [f"{name} passed over:", table(("places", "first", "why"), rows)] if rows else []
+    if not facts["refused"]:
+        return [*lines, f"{facts['name']} takes every operator"]
+    rows = [(one["op"], str(one["calls"]), one["place"], one["source"], one["reason"]) for one in facts["refused"]]
+    return [*lines, f"{facts['name']} refuses:", table(("operator", "calls", "first", "source", "why"), rows)]
 
 
 def _plan(facts: Mapping[str, Any]) -> Lines:
@@ -166,20 +186,25 @@ def _options(row: Row) -> Lines:
 def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:
     """What a bundle holds and claims."""
     manifest, predicted, measured = bundle.manifest, bundle.manifest["predicted"], bundle.measurements
-    backend, target = manifest["backend"]["name"], manifest["target"]["name"]
+    target = manifest["target"]["name"]
     facts: dict[str, object] = {
         "output": str(bundle.folder),
-        "backend": backend,
+        "backends": list(bundle.engines),
         "target": target,
         "complete": not cut_short(bundle),
         "fingerprints": manifest["fingerprints"],
         "engine_bytes": bundle.engine_bytes,
+        "engines": manifest["engines"],
         "predicted": predicted,
         "quality": manifest["quality"],
         "measured": measured,
         "report": str(bundle.folder / "report.html"),
     }
-    lines = [f"{bundle.folder}: {bundle.graph.name} for {target}, engine of {backend}, {size(bundle.engine_bytes)}"]
+    made = f"{'engine' if len(bundle.engines) == 1 else 'engines'} of {', '.join(bundle.engines)}"
+    lines = [f"{bundle.folder}: {bundle.graph.name} for {target}, {made}, {size(bundle.engine_bytes)}"]
+    for name in bundle.engines:
+        claims = manifest["engines"][name]
+        lines.append(f"engine     {name}: {claims['check']}; the stored answer is {claims['sample']}")
     if "baseline_bytes" in predicted:
         before, after = predicted["baseline_bytes"], predicted["bytes"]
         lines.append(f"weights    {size(before)} to {size(after)}, {ratio(before, after)} smaller")
@@ -199,7 +224,7 @@ def cut_short(bundle: Bundle) -> bool:
 
 def verified(report: VerifyReport) -> Lines:
     """The checks of a bundle, one a line."""
-    rows = [("passed" if check.passed else "FAILED", check.name, check.detail) for check in report.checks]
+    rows = [(check.status, check.name, check.detail) for check in report.checks]
     return [report.folder, table(("", "check", "found"), rows)]
 
 

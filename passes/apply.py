@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from intarsia.ir.errors import PlanError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
@@ -29,5 +31,13 @@ def apply(plan: Plan, graph: Graph, target: Target, *, phase: int = 0) -> Graph:
         made = find_pass(step.run)
         check_chosen(made, made.choices(graph, target), step.chosen)
         graph = made.run(graph, target, step.chosen)
+        verify(graph)
+    return graph
+
+
+def run_passes(texts: Sequence[str], graph: Graph, target: Target) -> Graph:
+    """The graph that passes make of ``graph`` with nothing chosen, as a backend asks for it; errors as of ``apply``."""
+    for text in texts:
+        graph = find_pass(text).run(graph, target, {})
         verify(graph)
     return graph

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from intarsia.backends.bundle import Bundle, Evidence, add_report, write_bundle
+from intarsia.backends.bundle import Bundle
 from intarsia.backends.null import NullBackend
+from intarsia.backends.packing import Build, Evidence, add_report, write_bundle
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program
@@ -49,7 +50,7 @@ def bundle(tmp_path: Path, program: Program, plan: Plan, target: Target) -> Bund
         tmp_path / "out",
         program=program,
         plan=plan,
-        backend=NullBackend(),
+        builds=[Build(NullBackend(), program)],
         target=target,
         sampler='{"steps": 4}',
         predicted={"seconds": 0.5},

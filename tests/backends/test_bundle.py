@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from intarsia.backends.base import Engine
-from intarsia.backends.bundle import Bundle, Evidence, add_measurements, add_report, load_bundle, write_bundle
+from intarsia.backends.bundle import Bundle, Chosen, load_bundle
 from intarsia.backends.manifest import files_below
 from intarsia.backends.null import NullBackend, NullEngine
+from intarsia.backends.packing import Build, Evidence, add_measurements, add_report, write_bundle
 from intarsia.backends.verify import verify_bundle
 from intarsia.ir.errors import QualityError, Unsupported, UsageError
 from intarsia.ir.graph import Graph
@@ -32,7 +32,7 @@ def test_a_bundle_holds_what_was_put_in(bundle: Bundle, program: Program, plan: 
     assert found.manifest["command"] == "intarsia optimize two_layers -o out"
     assert found.manifest["target"]["name"] == "null"
     assert found.manifest["versions"]["torch"] == version("torch")
-    assert found.engine_bytes == sum(path.stat().st_size for path in found.engine_folder.iterdir())
+    assert found.engine_bytes == sum(path.stat().st_size for path in (found.folder / "engine/null").iterdir())
     assert torch.equal(found.engine()(*found.sample.inputs)[0], found.sample.reference[0])
 
 
@@ -57,7 +57,12 @@ def test_plan_sampler_and_frames_are_left_out_where_there_are_none(
     tmp_path: Path, program: Program, target: Target
 ) -> None:
     made = write_bundle(
-        tmp_path / "out", program=program, plan=None, backend=NullBackend(), target=target, command="intarsia export"
+        tmp_path / "out",
+        program=program,
+        plan=None,
+        builds=[Build(NullBackend(), program)],
+        target=target,
+        command="intarsia export",
     )
     assert made.plan is None
     assert made.sampler is None
@@ -70,7 +75,7 @@ def written(folder: Path, program: Program, target: Target, seconds: float) -> d
         folder,
         program=program,
         plan=None,
-        backend=NullBackend(),
+        builds=[Build(NullBackend(), program)],
         target=target,
         command="intarsia export",
         evidence=lambda _: Evidence(measurements={"seconds": seconds}),
@@ -110,12 +115,13 @@ def test_an_unsupported_operator_stops_before_anything_is_written(
       %c: f32[2] = nowhere.first(self=%b)  # model.py:3
       return %c
     }"""
+    unknown = Program(Graph.parse(text), {})
     with pytest.raises(Unsupported) as caught:
         write_bundle(
             tmp_path / "out",
-            program=Program(Graph.parse(text), {}),
+            program=unknown,
             plan=None,
-            backend=NullBackend(),
+            builds=[Build(NullBackend(), unknown)],
             target=target,
             command="",
         )
@@ -126,7 +132,7 @@ def test_an_unsupported_operator_stops_before_anything_is_written(
 
 
 def test_a_quality_that_is_not_met_leaves_nothing(tmp_path: Path, program: Program, target: Target) -> None:
-    def evidence(engine: Engine) -> Evidence:
+    def evidence(chosen: Chosen | None) -> Evidence:
         raise QualityError("psnr 20 dB; 35 dB is asked for")
 
     with pytest.raises(QualityError):
@@ -134,7 +140,7 @@ def test_a_quality_that_is_not_met_leaves_nothing(tmp_path: Path, program: Progr
             tmp_path / "out",
             program=program,
             plan=None,
-            backend=NullBackend(),
+            builds=[Build(NullBackend(), program)],
             target=target,
             command="",
             evidence=evidence,
@@ -158,15 +164,19 @@ class _Wrong(NullBackend):
 def test_an_engine_that_answers_otherwise_than_the_reference_is_not_shipped(
     tmp_path: Path, program: Program, target: Target
 ) -> None:
-    with pytest.raises(QualityError, match=r"differs from the reference's by 1.0e-03, 1e-04 is allowed"):
-        write_bundle(tmp_path / "out", program=program, plan=None, backend=_Wrong(), target=target, command="")
+    with pytest.raises(QualityError, match=r"null's engine differs from the reference's by 1.0e-03, 1e-04"):
+        write_bundle(
+            tmp_path / "out", program=program, plan=None, builds=[Build(_Wrong(), program)], target=target, command=""
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_meta_weights_make_no_bundle(tmp_path: Path, program: Program, target: Target) -> None:
     meta = Program(program.graph, meta_weights(program.graph.params))
     with pytest.raises(UsageError, match="on the meta device"):
-        write_bundle(tmp_path / "out", program=meta, plan=None, backend=NullBackend(), target=target, command="")
+        write_bundle(
+            tmp_path / "out", program=meta, plan=None, builds=[Build(NullBackend(), meta)], target=target, command=""
+        )
 
 
 @pytest.mark.parametrize("name", ["sampler.json", "plan.json", "weights.safetensors", "sample.safetensors"])

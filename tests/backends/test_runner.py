@@ -10,7 +10,7 @@ from torch import Tensor
 
 from intarsia.backends.bundle import Bundle
 from intarsia.backends.null import NullEngine
-from intarsia.backends.runner import bench, denoiser, load_engine, write_video
+from intarsia.backends.runner import bench, denoiser, write_video
 from intarsia.ir.errors import MissingEnvironment, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program, example_inputs
@@ -53,11 +53,11 @@ def test_a_sampler_for_another_model_is_told_the_inputs() -> None:
 
 
 def test_bench_gives_median_and_quartiles(bundle: Bundle) -> None:
-    timing = bench(load_engine(bundle), example_inputs(bundle.graph), repeats=5, warmup=1)
+    timing = bench(bundle.engine(), example_inputs(bundle.graph), repeats=5, warmup=1)
     assert 0 < timing.low <= timing.seconds <= timing.high
     assert timing.repeats == 5
     assert "PyTorch" in timing.device
-    assert bench(load_engine(bundle), example_inputs(bundle.graph), repeats=1).seconds > 0
+    assert bench(bundle.engine(), example_inputs(bundle.graph), repeats=1).seconds > 0
 
 
 def test_a_video_becomes_a_gif_with_its_frames_enlarged(tmp_path: Path) -> None:

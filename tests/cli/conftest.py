@@ -211,9 +211,17 @@ def _manifest() -> dict[str, object]:
     """What the bundle claims."""
     entry = {"bytes": 1000, "sha256": "ab" * 32}
     return {
-        "schema": 1,
+        "schema": 2,
         "command": "intarsia optimize wan-mini --target cpu-avx2 --quality 'psnr>=35' --backend onnx --seed 0 -o out",
-        "backend": {"name": "onnx", "files": ["model.onnx"], "info": {"opset": 23}},
+        "engines": {
+            "onnx": {
+                "backend": "onnx",
+                "check": "1 file",
+                "files": ["model.onnx"],
+                "info": {"opset": 23},
+                "sample": "its own",
+            }
+        },
         "target": {"name": "cpu-avx2", "summary": "x86-64 server, two cores with AVX2"},
         "fingerprints": {"graph": "0123456789ab", "weights": "ba9876543210", "plan": "aabbccddeeff"},
         "predicted": {"seconds": 0.0094, "bytes": 1_990_000, "baseline_seconds": 0.0221, "baseline_bytes": 7_140_000},

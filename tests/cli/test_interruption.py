@@ -32,13 +32,13 @@ class Slow(Pass):
 STUCK = """
 import time
 from pathlib import Path
-from intarsia import flow
+from intarsia import {home}
 
 def stuck(*_, **__):
     Path("begun").touch()
     time.sleep(60)
 
-flow.{verb} = stuck
+{home}.{verb} = stuck
 """
 
 
@@ -91,7 +91,10 @@ def test_an_export_that_is_stopped_keeps_the_bundle_that_was_there(tiny: Path, s
     ],
 )
 def test_every_other_long_verb_stops_as_clean(start: Start, verb, words):
-    err = stopped(start(verb, *words, before=STUCK.format(verb=verb)), signal.SIGINT)
+    err = stopped(
+        start(verb, *words, before=STUCK.format(home="inspection" if verb == "inspect" else "flow", verb=verb)),
+        signal.SIGINT,
+    )
     assert "the same command starts over" in err
     assert left() == ["begun"]
 
@@ -99,7 +102,7 @@ def test_every_other_long_verb_stops_as_clean(start: Start, verb, words):
 def test_a_stopped_verb_with_json_still_prints_one_document(start: Start):
     import json
 
-    process = start("verify", "out", "--json", before=STUCK.format(verb="verify"))
+    process = start("verify", "out", "--json", before=STUCK.format(home="flow", verb="verify"))
     while not Path("begun").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)

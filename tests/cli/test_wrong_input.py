@@ -227,7 +227,7 @@ def test_a_bug_of_ours_is_called_one_and_leaves_a_log(tiny: Path, intarsia: Run,
     def break_(*_: object, **__: object) -> None:
         raise RuntimeError("the cat sat on it")
 
-    monkeypatch.setattr("intarsia.flow.inspect", break_)
+    monkeypatch.setattr("intarsia.inspection.inspect", break_)
     line = failed(intarsia("inspect", tiny), 1, "this is our bug", "the cat sat on it")
     log = Path(line.rsplit(" ", 1)[1])
     assert log.is_relative_to(tmp_path / "cache")
@@ -236,7 +236,7 @@ def test_a_bug_of_ours_is_called_one_and_leaves_a_log(tiny: Path, intarsia: Run,
 
 def test_a_bug_of_ours_shows_its_traceback_when_asked_to(tiny: Path, intarsia: Run, monkeypatch):
     monkeypatch.setenv("INTARSIA_DEBUG", "1")
-    monkeypatch.setattr("intarsia.flow.inspect", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("intarsia.inspection.inspect", lambda *_, **__: 1 / 0)
     result = intarsia("inspect", tiny)
     assert result.exit_code == 1
     assert "ZeroDivisionError" in result.stderr
@@ -247,7 +247,7 @@ def test_a_missing_optional_package_is_named_with_what_brings_it(tiny: Path, int
     def import_it(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
 
-    monkeypatch.setattr("intarsia.flow.inspect", import_it)
+    monkeypatch.setattr("intarsia.inspection.inspect", import_it)
     failed(intarsia("inspect", tiny), 6, "diffusers", "pip install 'intarsia[models]'")
 
 
@@ -257,7 +257,7 @@ def test_many_reasons_are_cut_on_the_terminal_and_kept_whole_in_a_file(tiny: Pat
     def refuse(*_: object, **__: object) -> None:
         raise Unsupported("onnx cannot take 50 operators", [f"%node.{index}: unknown" for index in range(50)])
 
-    monkeypatch.setattr("intarsia.flow.inspect", refuse)
+    monkeypatch.setattr("intarsia.inspection.inspect", refuse)
     result = intarsia("inspect", tiny)
     assert result.exit_code == 3
     assert len(result.stderr.splitlines()) == 22

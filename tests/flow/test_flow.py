@@ -47,7 +47,7 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def optimize(graph_file: Path, output: Path, quality: str = "psnr>=30"):
     return intarsia.optimize(
-        graph_file, target="cpu-avx2", quality=quality, backend="onnx", effort="quick", output=output
+        graph_file, target="cpu-avx2", quality=quality, backends=("onnx",), effort="quick", output=output
     )
 
 
@@ -91,7 +91,7 @@ def test_an_exported_plan_is_for_its_own_graph_only(graph_file: Path, tmp_path: 
     other.write_text(text)
     (tmp_path / "other.safetensors").write_bytes(graph_file.with_suffix(".safetensors").read_bytes())
     with pytest.raises(PlanError, match="fingerprint"):
-        intarsia.export(other, plan, backend="onnx", target="cpu-avx2", output=tmp_path / "out")
+        intarsia.export(other, plan, backends=("onnx",), target="cpu-avx2", output=tmp_path / "out")
 
 
 def test_a_plan_of_several_phases_is_refused_rather_than_cut_to_its_first(
@@ -99,7 +99,7 @@ def test_a_plan_of_several_phases_is_refused_rather_than_cut_to_its_first(
 ):
     plan = Plan(program.graph.fingerprint, "null", (Phase((), 0, 9), Phase((), 10, None)))
     with pytest.raises(Unsupported, match="2 phases"):
-        intarsia.export(graph_file, plan, backend="null", target="null", output=tmp_path / "out")
+        intarsia.export(graph_file, plan, backends=("null",), target="null", output=tmp_path / "out")
 
 
 def test_search_is_a_verb_and_a_package(program: Program):
@@ -127,10 +127,10 @@ def test_verify_in_full_refuses_to_compare_with_other_weights(
 ):
     bundle = optimize(graph_file, tmp_path / "out")
     subject = Subject("Mixer", program)
-    monkeypatch.setattr("intarsia.flow.subjects.resolve", lambda *_, **__: subject)
+    monkeypatch.setattr("intarsia.subject.resolve", lambda *_, **__: subject)
     assert intarsia.verify(bundle.folder, full=True).checks[-1].name == "quality"
     other = Subject("Mixer", Program(program.graph, {name: 2 * tensor for name, tensor in program.weights.items()}))
-    monkeypatch.setattr("intarsia.flow.subjects.resolve", lambda *_, **__: other)
+    monkeypatch.setattr("intarsia.subject.resolve", lambda *_, **__: other)
     with pytest.raises(UsageError, match=r"measured against graph \w+ with weights \w+; Mixer here is"):
         intarsia.verify(bundle.folder, full=True)
 

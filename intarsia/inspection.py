@@ -1,0 +1,95 @@
+"""Look at a model without building anything: its work, its time on a machine, what a backend would make of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from intarsia import subject as subjects
+from intarsia.backends.base import Backend, find_backend, refusals
+from intarsia.backends.bundle import load_bundle
+from intarsia.ir.errors import UsageError
+from intarsia.ir.graph import Graph
+from intarsia.ir.plan import Plan
+from intarsia.ir.target import Target, load_target
+from intarsia.passes.apply import run_passes
+from intarsia.passes.base import find_pass
+from intarsia.search.roofline import Prediction, predict
+from intarsia.search.work import attention_sites, summary
+
+
+def inspect(
+    subject: str | Path,
+    *,
+    target: str | None = None,
+    sizes: Mapping[str, int] | None = None,
+    backend: str | None = None,
+) -> dict[str, Any]:
+    """What a graph computes and moves, its attention sites, and how long ``target`` takes for it.
+
+    Args:
+        subject: A model (traced without memory for weights), a ``.graph`` file, a bundle's folder or a plan's file.
+        backend: Adds what that backend cannot take, and what its passes find, without building anything; needs a
+            target.
+    """
+    if backend and not target:
+        raise UsageError(f"--backend {backend}: what a backend takes depends on the machine; give --target")
+    path = Path(subject)
+    if path.suffix == ".json" and not path.is_dir():
+        return {"kind": "plan", **json.loads(Plan.load(path).to_json())}
+    if path.is_dir():
+        bundle = load_bundle(path)
+        head, graph = {"kind": "bundle", "manifest": dict(bundle.manifest)}, bundle.graph
+    else:
+        head, graph = {"kind": "graph"}, subjects.resolve(subject, meta=True).program.graph
+    taken = {"backend": _taken(graph, find_backend(backend), load_target(target))} if backend and target else {}
+    return {**head, **_counted(graph, target, sizes), **taken}
+
+
+def _taken(graph: Graph, backend: Backend, target: Target) -> dict[str, object]:
+    """What ``backend`` would make of the graph: where its passes change it and where not, and what it refuses."""
+    before = Counter(node.op for node in graph.nodes)
+    passed_over = {text: find_pass(text).refusals(graph, target) for text in backend.passes}
+    prepared = run_passes(backend.passes, graph, target)
+    made = Counter(node.op for node in prepared.nodes) - before
+    return {
+        "name": str(backend),
+        "target_refused": backend.why_not_target(target),
+        "put_in": dict(made),
+        "passed_over": passed_over,
+        "refused": [asdict(one) for one in refusals(backend, prepared, target)],
+    }
+
+
+def _counted(graph: Graph, target: str | None, sizes: Mapping[str, int] | None) -> dict[str, Any]:
+    work, sites = summary(graph, sizes), attention_sites(graph, sizes)
+    facts: dict[str, Any] = {
+        "name": graph.name,
+        "fingerprint": graph.fingerprint,
+        "nodes": len(graph.nodes),
+        "inputs": {value.name: str(value.type) for value in graph.inputs},
+        "outputs": {name: str(graph.values[name].type) for name in graph.outputs},
+        "sizes": [str(size) for size in graph.sizes],
+        "flops": work.flops,
+        "flops_by_class": dict(work.flops_by_class),
+        "bytes_moved": work.bytes,
+        "parameters": work.parameters,
+        "weight_bytes": work.weight_bytes,
+        "operators_unknown": list(work.unknown),
+        "attention_sites": [asdict(site) for site in sites],
+    }
+    if target is not None:
+        predicted = predict(graph, load_target(target), sizes)
+        facts |= {"target": target, "predicted_seconds": predicted.seconds, "seconds_by_bound": _by_bound(predicted)}
+    return facts
+
+
+def _by_bound(predicted: Prediction) -> dict[str, float]:
+    table: dict[str, float] = {}
+    for cost in predicted.nodes.values():
+        table[cost.bound] = table.get(cost.bound, 0.0) + cost.seconds
+    return table
