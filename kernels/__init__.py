@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.metadata import entry_points
-from typing import cast
+from typing import Any, cast
+
+import torch
 
 from intarsia.ir.graph import Graph, Node
+from intarsia.ir.operators import resolve
 from intarsia.ir.target import Target
 from intarsia.kernels.base import Operator, Work
 
@@ -17,6 +20,16 @@ OPERATORS: dict[str, str] = {
     "intarsia.linear_i8": "intarsia.kernels.linear_i8.op",
     "intarsia.quantize_groups": "intarsia.kernels.linear_i4.op",
     "intarsia.linear_i4": "intarsia.kernels.linear_i4.op",
+    "intarsia.unpack_i4": "intarsia.kernels.linear_i4.op",
+    "intarsia.linear_i8i8": "intarsia.kernels.linear_i8i8.op",
+    "intarsia.conv2d_i8i8": "intarsia.kernels.conv2d_i8i8.op",
+    "intarsia.quantize_static": "intarsia.kernels.integers.op",
+    "intarsia.dequantize_static": "intarsia.kernels.integers.op",
+    "intarsia.requantize": "intarsia.kernels.integers.op",
+    "intarsia.attention": "intarsia.kernels.attention.op",
+    "intarsia.norm_rope": "intarsia.kernels.norm_rope.op",
+    "intarsia.modulated_norm": "intarsia.kernels.modulated_norm.op",
+    "intarsia.gated_residual": "intarsia.kernels.gated_residual.op",
 }
 """Operators that come with Intarsia, by name; others join by entry points of the group ``intarsia.kernels``."""
 
@@ -47,3 +60,9 @@ def work(node: Node, graph: Graph, sizes: Mapping[str, int]) -> Work | None:
     """What the call ``node`` does for these sizes; None if the operator is not ours."""
     contract = operators().get(node.op)
     return None if contract is None else contract.work(node, graph, sizes)
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """What each operator is in plain PyTorch, a table for ``torch.export.ExportedProgram.run_decompositions``."""
+    references = {op: contract.REFERENCES[op] for op, contract in operators().items() if op in contract.REFERENCES}
+    return {cast(torch._ops.OpOverload, resolve(op)): function for op, function in references.items()}

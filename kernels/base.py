@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
-
-from intarsia.ir.errors import MissingEnvironment
 from intarsia.ir.graph import Graph, Node, Value
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
@@ -36,28 +32,17 @@ class Operator(Protocol):
     OPS: tuple[str, ...]
     """Names of the operators that the module registers when it is imported."""
 
+    REFERENCES: Mapping[str, Callable[..., Any]]
+    """Each operator in plain PyTorch, by name: what backends that have no spelling of it lower."""
+
+    LAUNCHES: Mapping[str, str]
+    """By operator, import path of the function ``(node, graph, architecture) -> Launch``; without a kernel, absent."""
+
     def why_not(self, node: Node, graph: Graph, target: Target) -> str | None:
         """Why the call ``node``, whose inputs ``graph`` defines, cannot run on ``target``; None if it can."""
 
     def work(self, node: Node, graph: Graph, sizes: Mapping[str, int]) -> Work:
         """What the call does for these sizes."""
-
-
-def launcher(module: str, name: str) -> Callable[..., Tensor]:
-    """The function ``name`` of a module that imports Triton, imported at the first launch.
-
-    Raises:
-        MissingEnvironment: Triton is not installed; nothing else runs in its place unasked.
-    """
-    try:
-        found: Callable[..., Tensor] = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise MissingEnvironment(
-            f"intarsia.{name} on a GPU needs Triton, which is missing; pip install 'intarsia[triton]', or use the CPU"
-        ) from error
-    return found
 
 
 def moved_bytes(node: Node, graph: Graph, sizes: Mapping[str, int]) -> int:

@@ -50,6 +50,7 @@ def _check_case(op: str, case: Case, target: Target) -> None:
     if not all(map(torch.equal, results, _call(op, case))):
         raise AssertionError(f"{where}: two calls give different bits")
     _check_types(op, case, results, where)
+    _check_reference(op, case, results, where)
     _check_contract(op, case, results, target, where)
 
 
@@ -71,6 +72,17 @@ def _check_types(op: str, case: Case, results: Sequence[Tensor], where: str) -> 
         if list(map(type_of, found)) != expected:
             given = ", ".join(str(type_of(value)) for value in found)
             raise AssertionError(f"{where}: the {kind} gives {given}, a run gives {', '.join(map(str, expected))}")
+
+
+def _check_reference(op: str, case: Case, results: Sequence[Tensor], where: str) -> None:
+    reference = kernels.operators()[op].REFERENCES.get(op)
+    if reference is None:
+        raise AssertionError(f"{where}: REFERENCES of its module has no {op}")
+    found = reference(**case)
+    try:
+        torch.testing.assert_close(found if returns_sequence(op) else (found,), tuple(results), equal_nan=True)
+    except AssertionError as error:
+        raise AssertionError(f"{where}: the reference differs: {str(error).splitlines()[0]}") from error
 
 
 def _check_contract(op: str, case: Case, results: Sequence[Tensor], target: Target, where: str) -> None:

@@ -1,18 +1,46 @@
-"""Limits that several operators share, each as a reason or None."""
+"""Limits that several operators share: about a graph's call as a reason or None, about tensors as a check."""
 
 from __future__ import annotations
 
-from intarsia.ir.graph import Graph, Node
+from math import prod
+
+import torch
+from torch import Tensor
+
+from intarsia.ir.graph import Graph, Node, Ref
 from intarsia.ir.program import split_constant
+from intarsia.ir.target import Target
 
 FLOATS = ("f32", "f16", "bf16")
-"""Element types of weights and activations that our linear layers take."""
+"""Element types of weights and activations that our kernels take."""
+
+GPUS = ("cuda", "rocm")
+"""Kinds of target on which our Triton kernels run."""
+
+WIDEST = 16_384
+"""Channels of a row that a block of threads holds in registers: 64 f32 for each of 256 threads."""
+
+TERMS = 2**31 // (128 * 128) - 1
+"""Products of two int8 whose sum certainly fits into int32."""
 
 
 def floating(node: Node, arg: str, graph: Graph) -> str | None:
-    """Why the tensor passed as ``arg`` is no activation that we multiply: not f32, f16 or bf16."""
+    """Why the tensor passed as ``arg`` is no activation that we take: not f32, f16 or bf16."""
     dtype = graph.type(node.ref(arg)).dtype
     return None if dtype in FLOATS else f"{arg} is {dtype}; {node.op} takes {', '.join(FLOATS)}"
+
+
+def dtype(node: Node, arg: str, expected: str, graph: Graph) -> str | None:
+    """Why the tensor passed as ``arg`` has the wrong element type."""
+    found = graph.type(node.ref(arg)).dtype
+    return None if found == expected else f"{arg} is {found}; {node.op} takes {expected}"
+
+
+def positive(node: Node, arg: str) -> str | None:
+    """Why the number passed as ``arg`` is no scale."""
+    found = node.args[arg]
+    good = isinstance(found, int | float) and found > 0
+    return None if good else f"{arg} is {found}; {node.op} takes a positive number"
 
 
 def weight(node: Node, arg: str, graph: Graph) -> str | None:
@@ -35,3 +63,70 @@ def _is_constant(name: str, graph: Graph) -> bool:
         return True
     constant, _ = split_constant(graph)
     return any(name == value.name for node in constant for value in node.outputs)
+
+
+def broadcast(node: Node, arg: str, like: str, graph: Graph) -> str | None:
+    """Why the tensor passed as ``arg`` is not (B or 1, N or 1, C) for the one passed as ``like``, (B, N, C)."""
+    found, wanted = graph.type(node.ref(arg)), graph.type(node.ref(like))
+    fits = len(found.shape) == len(wanted.shape) == 3 and found.shape[2] == wanted.shape[2]
+    if fits and all(one in (1, other) for one, other in zip(found.shape, wanted.shape, strict=True)):
+        return None
+    return f"{arg} is {found}, {like} {wanted}; {node.op} takes (B or 1, N or 1, C) and (B, N, C)"
+
+
+def rows(node: Node, arg: str, graph: Graph, target: Target) -> str | None:
+    """Why the rows of the tensor passed as ``arg``, (B, N, C), are none for our GPU kernels; None elsewhere."""
+    if target.kind not in GPUS:
+        return None
+    if reason := floating(node, arg, graph):
+        return reason
+    channels = graph.type(node.ref(arg)).shape[-1]
+    if isinstance(channels, int) and channels <= WIDEST:
+        return None
+    return f"{arg} has {channels} channels; on a GPU {node.op} takes a fixed number up to {WIDEST:,}"
+
+
+def integers(node: Node, graph: Graph) -> str | None:
+    """Why the call is no product of int8 that int32 holds."""
+    for arg in ("input", "weight"):
+        if reason := dtype(node, arg, "i8", graph):
+            return reason
+    terms = graph.type(node.ref("weight")).shape[1:]
+    if not all(isinstance(extent, int) for extent in terms):
+        return f"weight is {graph.type(node.ref('weight'))}; {node.op} takes fixed extents"
+    if prod(map(int, terms)) > TERMS:
+        return f"a sum has {prod(map(int, terms)):,} terms; int32 certainly holds {TERMS:,}"
+    if isinstance(node.args.get("bias"), Ref) and (reason := dtype(node, "bias", "i32", graph)):
+        return reason
+    return dyadic(node, graph)
+
+
+def dyadic(node: Node, graph: Graph) -> str | None:
+    """Why multiplier and shift are no dyadic numbers."""
+    return dtype(node, "multiplier", "i32", graph) or dtype(node, "shift", "i32", graph)
+
+
+def check_broadcast(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise unless the tensor is (B or 1, N or 1, C) for ``like`` (B, N, C)."""
+    shape, wanted = tensor.shape, like.shape
+    torch._check(len(shape) == 3, lambda: f"{op}: {name} is (B or 1, N or 1, C), found {len(shape)} axes")
+    torch._check(shape[2] == wanted[2], lambda: f"{op}: {name} ends in {wanted[2]}, found {shape[2]}")
+    for axis in range(2):
+        fits = shape[axis] in (1, wanted[axis])
+        torch._check(fits, lambda: f"{op}: {name} is {tuple(wanted)} or 1 in its first axes, found {tuple(shape)}")
+
+
+def check_i8(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless input and weight are int8, and bias int32 with one number for each row of weight."""
+    for name, tensor in (("input", input), ("weight", weight)):
+        torch._check(tensor.dtype == torch.int8, lambda: f"{op}: {name} is int8, found {tensor.dtype}")  # noqa: B023
+    if bias is not None:
+        torch._check(bias.dtype == torch.int32, lambda: f"{op}: bias is int32, found {bias.dtype}")
+        torch._check(bias.shape == weight.shape[:1], lambda: f"{op}: bias is ({weight.shape[0]},)")
+
+
+def check_dyadic(op: str, multiplier: Tensor, shift: Tensor, channels: int) -> None:
+    """Raise unless multiplier and shift are int32 (C)."""
+    for name, tensor in (("multiplier", multiplier), ("shift", shift)):
+        torch._check(tensor.dtype == torch.int32, lambda: f"{op}: {name} is int32, found {tensor.dtype}")  # noqa: B023
+        torch._check(tensor.shape == (channels,), lambda: f"{op}: {name} is ({channels},)")  # noqa: B023

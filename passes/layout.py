@@ -28,8 +28,16 @@ ALLOCATE = frozenset(
         "aten.empty.memory_format",
         "aten.layer_norm",
         "aten.linear",
+        "intarsia.conv2d_i8i8",
+        "intarsia.dequantize_static",
+        "intarsia.gated_residual",
         "intarsia.linear_i4",
         "intarsia.linear_i8",
+        "intarsia.linear_i8i8",
+        "intarsia.modulated_norm",
+        "intarsia.norm_rope",
+        "intarsia.quantize_static",
+        "intarsia.requantize",
     }
 )
 """Operators that allocate their result row by row whatever they are given.
@@ -159,6 +167,7 @@ _RULES: Mapping[str, Callable[[Node, Layouts], frozenset[Order] | None]] = {
     **dict.fromkeys(COMBINE, _combine),
     "aten.permute": _permute,
     "aten.scaled_dot_product_attention": _attention,
+    "intarsia.attention": lambda node, known: frozenset({(0, 2, 1, 3)}),
     "aten.stack": _stack,
 }
 """What is known of a call's result, by operator."""

@@ -1,4 +1,4 @@
-"""Contract of ``intarsia.linear_i4`` and of ``intarsia.quantize_groups``, which makes its weight."""
+"""Contracts of ``intarsia.linear_i4``, of ``quantize_groups``, which makes its weight, and of ``unpack_i4``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from torch import Tensor
 
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.target import Target
-from intarsia.kernels import limits
-from intarsia.kernels.base import Work, launcher, moved_bytes
+from intarsia.kernels import launch, limits
+from intarsia.kernels.base import Work, moved_bytes
 from intarsia.kernels.linear_i4 import reference
 
-OPS = ("intarsia.quantize_groups", "intarsia.linear_i4")
+OPS = ("intarsia.quantize_groups", "intarsia.linear_i4", "intarsia.unpack_i4")
+
+REFERENCES = {
+    "intarsia.quantize_groups": reference.quantize_groups,
+    "intarsia.linear_i4": reference.linear_i4,
+    "intarsia.unpack_i4": reference.unpack,
+}
+
+LAUNCHES = {"intarsia.linear_i4": "intarsia.kernels.linear_i4.triton:launch"}
 
 GROUPS = (32, 64, 128, 256)
 """Columns that may share a scale.
@@ -62,7 +70,21 @@ def _(input: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group: 
 @linear_i4.register_kernel("cuda")
 def _(input: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
     _check_group(group)
-    return launcher("intarsia.kernels.linear_i4.triton", "linear_i4")(input, packed, scale, bias, group)
+    arguments = {"input": input, "packed": packed, "scale": scale, "bias": bias, "group": group}
+    return launch.run("intarsia.linear_i4", arguments)
+
+
+@torch.library.custom_op("intarsia::unpack_i4", mutates_args=())
+def unpack_i4(packed: Tensor) -> Tensor:
+    """Packed u8 (R, C/2), even column in the low nibble: i8 (R, C) in -8..7."""
+    return reference.unpack(packed)
+
+
+@unpack_i4.register_fake
+def _(packed: Tensor) -> Tensor:
+    torch._check(packed.ndim == 2, lambda: f"unpack_i4: packed is (R, C/2), found {packed.ndim} axes")
+    torch._check(packed.dtype == torch.uint8, lambda: f"unpack_i4: packed is uint8, found {packed.dtype}")
+    return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=torch.int8)
 
 
 def _check_group(group: int) -> None:
@@ -71,6 +93,8 @@ def _check_group(group: int) -> None:
 
 def why_not(node: Node, graph: Graph, target: Target) -> str | None:
     """Why the call cannot stand here, or None; alike on every target, since products are in the input's type."""
+    if node.op == "intarsia.unpack_i4":
+        return limits.dtype(node, "packed", "u8", graph)
     if node.op == "intarsia.linear_i4":
         return limits.floating(node, "input", graph)
     if reason := limits.weight(node, "weight", graph):
@@ -86,8 +110,8 @@ def why_not(node: Node, graph: Graph, target: Target) -> str | None:
 
 
 def work(node: Node, graph: Graph, sizes: Mapping[str, int]) -> Work:
-    """The product in the input's element type, the weight read in four bits; quantizing is no product."""
-    if node.op == "intarsia.quantize_groups":
+    """The product in the input's element type, the weight read in four bits; quantizing and unpacking are none."""
+    if node.op != "intarsia.linear_i4":
         return Work(0.0, "f32", moved_bytes(node, graph, sizes))
     packed = graph.type(node.ref("packed")).shape[1]
     assert isinstance(packed, int)

@@ -1,48 +1,53 @@
-"""Four-bit weights in Triton: unpacked and scaled in registers, multiplied in the input's element type."""
+"""Four-bit weights in Triton: unpacked and scaled in registers, multiplied in the input's element type.
+
+The weight in registers has the reference's bits; products accumulate in f32.
+"""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from intarsia.ir.graph import Graph, Node, Ref
+from intarsia.kernels.launch import POINTERS, Launch, cdiv, product
+
+BLOCK_N = 64
 
 
-def linear_i4(input: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
-    """``input`` (..., C) times the weight in ``packed`` u8 (R, C/2) and ``scale`` f32 (R, C/group): (..., R).
-
-    The weight in registers has the reference's bits; products accumulate in f32.
-    """
-    rows, columns = packed.shape[0], 2 * packed.shape[1]
-    x = input.reshape(-1, columns).contiguous()
-    y = torch.empty((len(x), rows), dtype=input.dtype, device=input.device)
-    if y.numel():
-        block_m = 16 if len(x) <= 16 else 64 if len(x) <= 64 else 128
-        block_k = min(group, 32 if input.dtype == torch.float32 else 64)
-        grid = (triton.cdiv(rows, 64), triton.cdiv(len(x), block_m))
-        with torch.cuda.device_of(input):
-            _linear_i4[grid](
-                x,
-                packed.contiguous(),
-                scale.contiguous(),
-                bias,
-                y,
-                len(x),
-                rows,
-                columns,
-                group,
-                block_m,
-                64,
-                block_k,
-                num_warps=4,
-            )
-    return y.view(*input.shape[:-1], rows)
+def launch(node: Node, graph: Graph, architecture: str) -> Launch:
+    """Tiles of 64 rows of the weight by up to 128 tokens; a step along the columns stays inside one group."""
+    input, group = graph.type(node.ref("input")), node.args["group"]
+    rows, columns = node.type.shape[-1], input.shape[-1]
+    tokens = product(input.shape[:-1])
+    block_m = 128 if not tokens.isdecimal() or int(tokens) > 64 else 64 if int(tokens) > 16 else 16
+    pointer, bias = POINTERS[input.dtype], isinstance(node.args["bias"], Ref)
+    assert isinstance(rows, int)
+    assert isinstance(columns, int)
+    assert isinstance(group, int)
+    return Launch(
+        kernel="intarsia.kernels.linear_i4.triton:_linear_i4",
+        arguments=("input", "packed", "scale", *(("bias",) if bias else ()), "output", tokens),
+        types=(pointer, "*u8", "*fp32", *((pointer,) if bias else ()), pointer, "i32"),
+        constants={
+            **({} if bias else {"b_ptr": None}),
+            "n_size": rows,
+            "k_size": columns,
+            "group": group,
+            "block_m": block_m,
+            "block_n": BLOCK_N,
+            "block_k": min(group, 32 if input.dtype == "f32" else 64),
+        },
+        grid=(cdiv(rows, BLOCK_N), cdiv(tokens, block_m), "1"),
+        warps=4,
+        stages=3,
+        results={"output": node.type},
+    )
 
 
 @triton.jit
-def _linear_i4(  # noqa: PLR0917
+def _linear_i4(
     x_ptr,
     w_ptr,
     s_ptr,

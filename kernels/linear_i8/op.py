@@ -9,11 +9,15 @@ from torch import Tensor
 
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.target import Target
-from intarsia.kernels import limits
-from intarsia.kernels.base import Work, launcher, moved_bytes
+from intarsia.kernels import launch, limits
+from intarsia.kernels.base import Work, moved_bytes
 from intarsia.kernels.linear_i8 import reference
 
 OPS = ("intarsia.quantize_rows", "intarsia.linear_i8")
+
+REFERENCES = {"intarsia.quantize_rows": reference.quantize_rows, "intarsia.linear_i8": reference.linear_i8}
+
+LAUNCHES = {"intarsia.linear_i8": "intarsia.kernels.linear_i8.triton:launch"}
 
 
 @torch.library.custom_op("intarsia::quantize_rows", mutates_args=())
@@ -46,7 +50,8 @@ def _(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tens
 
 @linear_i8.register_kernel("cuda")
 def _(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return launcher("intarsia.kernels.linear_i8.triton", "linear_i8")(input, weight, scale, bias)
+    arguments = {"input": input, "weight": weight, "scale": scale, "bias": bias}
+    return launch.run("intarsia.linear_i8", arguments)
 
 
 def why_not(node: Node, graph: Graph, target: Target) -> str | None:

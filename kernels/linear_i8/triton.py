@@ -1,36 +1,48 @@
-"""Eight-bit weights in Triton: widened in registers, multiplied in the input's element type, scaled once at the end."""
+"""Eight-bit weights in Triton: widened in registers, multiplied in the input's element type, scaled once at the end.
+
+Products accumulate in f32, and the weight is never rounded to the input's type: closer to exact than the reference.
+"""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from intarsia.ir.graph import Graph, Node, Ref
+from intarsia.kernels.launch import POINTERS, Launch, cdiv, product
+
+BLOCK_N = 128
 
 
-def linear_i8(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """``input`` (..., C) times ``weight`` int8 (R, C) times ``scale`` f32 (R), plus ``bias`` (R): (..., R).
-
-    Products accumulate in f32, and the weight is never rounded to the input's type: closer to exact than the reference.
-    """
-    rows, columns = weight.shape
-    x = input.reshape(-1, columns).contiguous()
-    y = torch.empty((len(x), rows), dtype=input.dtype, device=input.device)
-    if y.numel():
-        block_m = 16 if len(x) <= 16 else 64 if len(x) <= 64 else 128
-        block_k = 32 if input.dtype == torch.float32 else 64
-        grid = (triton.cdiv(rows, 128), triton.cdiv(len(x), block_m))
-        with torch.cuda.device_of(input):
-            _linear_i8[grid](
-                x, weight.contiguous(), scale, bias, y, len(x), rows, columns, block_m, 128, block_k, num_warps=8
-            )
-    return y.view(*input.shape[:-1], rows)
+def launch(node: Node, graph: Graph, architecture: str) -> Launch:
+    """Tiles of 128 rows of the weight by up to 128 tokens; fewer for f32, which no tensor core multiplies exactly."""
+    input, (rows, columns) = graph.type(node.ref("input")), graph.type(node.ref("weight")).shape
+    tokens = product(input.shape[:-1])
+    block_m = 128 if not tokens.isdecimal() or int(tokens) > 64 else 64 if int(tokens) > 16 else 16
+    pointer, bias = POINTERS[input.dtype], isinstance(node.args["bias"], Ref)
+    return Launch(
+        kernel="intarsia.kernels.linear_i8.triton:_linear_i8",
+        arguments=("input", "weight", "scale", *(("bias",) if bias else ()), "output", tokens),
+        types=(pointer, "*i8", "*fp32", *((pointer,) if bias else ()), pointer, "i32"),
+        constants={
+            **({} if bias else {"b_ptr": None}),
+            "n_size": rows,
+            "k_size": columns,
+            "block_m": block_m,
+            "block_n": BLOCK_N,
+            "block_k": 32 if input.dtype == "f32" else 64,
+        },
+        grid=(cdiv(rows, BLOCK_N), cdiv(tokens, block_m), "1"),
+        warps=8,
+        stages=3,
+        results={"output": node.type},
+    )
 
 
 @triton.jit
-def _linear_i8(  # noqa: PLR0917
+def _linear_i8(
     x_ptr,
     w_ptr,
     s_ptr,

@@ -11,36 +11,106 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from intarsia.kernels.linear_i4 import reference as reference_i4
-from intarsia.kernels.linear_i4 import triton as triton_i4
-from intarsia.kernels.linear_i8 import reference as reference_i8
-from intarsia.kernels.linear_i8 import triton as triton_i8
+from intarsia import kernels
+from intarsia.kernels import launch
+from intarsia.kernels.conformance import Case
 
-SHAPES = ((1, 40, 64), (5, 130, 96), (17, 24, 128), (70, 70, 64), (0, 8, 64))
-"""Tokens, rows and columns; none of the first two divides a block."""
-
-
-def errors() -> Iterator[tuple[str, float]]:
-    generator = torch.Generator().manual_seed(0)
-    for dtype in (torch.float32, torch.float16):
-        for tokens, rows, columns in SHAPES:
-            for bias in (None, torch.randn(rows, generator=generator).to(dtype)):
-                x = torch.randn(tokens, columns, generator=generator).to(dtype)
-                weight = torch.randn(rows, columns, generator=generator)
-                case = f"{dtype} {tokens} {rows} {columns} {bias is not None}"
-                codes, scale = reference_i8.quantize_rows(weight)
-                found = triton_i8.linear_i8(x, codes, scale, bias)
-                yield f"i8 {case}", _error(found, reference_i8.linear_i8(x, codes, scale, bias))
-                for group in (32, 64, 128):
-                    if columns % group == 0:
-                        packed, scale = reference_i4.quantize_groups(weight, group)
-                        found = triton_i4.linear_i4(x, packed, scale, bias, group)
-                        expected = reference_i4.linear_i4(x, packed, scale, bias, group)
-                        yield f"i4 {case} {group}", _error(found, expected)
+GENERATOR = torch.Generator().manual_seed(0)
+DTYPES = (torch.float32, torch.float16)
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
+def cases() -> Iterator[tuple[str, str, Case]]:
+    """Operator, a name for the case, arguments."""
+    for dtype in DTYPES:
+        yield from weight_only(dtype)
+        yield from attentions(dtype)
+        yield from norms(dtype)
+        yield from residuals(dtype)
+        yield from ropes(dtype)
+    yield from integers()
+
+
+def weight_only(dtype: torch.dtype) -> Iterator[tuple[str, str, Case]]:
+    """None of the tokens and rows divides a block."""
+    for tokens, rows, columns in ((1, 40, 64), (5, 130, 96), (17, 24, 128), (70, 70, 64), (0, 8, 64)):
+        for bias in (None, normal(rows).to(dtype)):
+            x, weight = normal(tokens, columns).to(dtype), normal(rows, columns)
+            name = f"{dtype} {tokens} {rows} {columns} {bias is not None}"
+            codes, scale = torch.ops.intarsia.quantize_rows(weight)
+            yield "intarsia.linear_i8", name, {"input": x, "weight": codes, "scale": scale, "bias": bias}
+            for group in (32, 64, 128):
+                if columns % group == 0:
+                    packed, scale = torch.ops.intarsia.quantize_groups(weight, group)
+                    case = {"input": x, "packed": packed, "scale": scale, "bias": bias, "group": group}
+                    yield "intarsia.linear_i4", f"{name} {group}", case
+
+
+def attentions(dtype: torch.dtype) -> Iterator[tuple[str, str, Case]]:
+    """Ragged and whole blocks, lengths that cut inside a block, before it and beyond the keys, heads in any order."""
+    lengths = torch.tensor([70, 0])
+    for queries, keys, channels, given in (
+        (5, 7, 32, None),
+        (130, 64, 64, None),
+        (33, 150, 64, lengths),
+        (40, 129, 128, lengths.int() + 100),
+    ):
+        by_token = normal(2, queries, 2, channels).to(dtype).transpose(1, 2)
+        by_head, fused = normal(2, 2, keys, channels).to(dtype), normal(2, keys, 2, 3 * channels).to(dtype)
+        value = fused[..., channels : 2 * channels].transpose(1, 2)
+        scale = None if given is None else 0.3
+        case = {"query": by_token, "key": by_head, "value": value, "lengths": given, "scale": scale}
+        yield "intarsia.attention", f"{dtype} {queries} {keys} {channels} {given is not None}", case
+
+
+def norms(dtype: torch.dtype) -> Iterator[tuple[str, str, Case]]:
+    for channels, weight, rows in ((96, None, (2, 1)), (40, normal(40), (2, 5)), (64, normal(64).to(dtype), (1, 1))):
+        chunks = normal(*rows, 2 * channels).to(dtype)
+        modulation = {"scale": chunks[..., :channels], "shift": chunks[..., channels:]}
+        x = normal(2, 5, channels).to(dtype) + 3
+        case = {"input": x, "weight": weight, "bias": weight, **modulation, "eps": 1e-6}
+        yield "intarsia.modulated_norm", f"{dtype} {channels} {rows}", case
+
+
+def residuals(dtype: torch.dtype) -> Iterator[tuple[str, str, Case]]:
+    for channels, rows in ((96, (2, 1)), (2100, (2, 3)), (40, (1, 1))):
+        residual, x = normal(2, 3, channels), normal(2, 3, channels).to(dtype)
+        gate = normal(*rows, 2 * channels)[..., :channels]
+        case = {"residual": residual.to(dtype), "input": x, "gate": gate}
+        yield "intarsia.gated_residual", f"{dtype} {channels} {rows}", case
+
+
+def ropes(dtype: torch.dtype) -> Iterator[tuple[str, str, Case]]:
+    for heads, channels, weight in ((3, 96, normal(96)), (2, 64, None), (5, 40, normal(40).to(dtype))):
+        x = normal(2, 5, 2 * channels)[..., :channels].to(dtype)
+        angles = normal(5, channels // heads // 2)
+        tables = {"cos": angles.cos(), "sin": angles.sin()}
+        case = {"input": x, "weight": weight, **tables, "heads": heads, "eps": 1e-6}
+        yield "intarsia.norm_rope", f"{dtype} {heads} {channels} {weight is not None}", case
+
+
+def integers() -> Iterator[tuple[str, str, Case]]:
+    """Full-range operands; multipliers of both signs whose products need all of 64 bits, ties among them."""
+    for tokens, rows, columns in ((1, 40, 64), (70, 130, 96), (17, 24, 40), (0, 8, 64)):
+        x, weight = whole(-128, 128, tokens, columns).to(torch.int8), whole(-128, 128, rows, columns).to(torch.int8)
+        shift = whole(8, 20, rows).int()
+        large = {"multiplier": whole(-(2**31), 2**31, rows).int(), "shift": shift + 35}
+        ties = {"multiplier": torch.ones(rows, dtype=torch.int32), "shift": shift - 7}
+        for bias, dyadic in ((None, ties), (whole(-(2**20), 2**20, rows).int(), large)):
+            case = {"input": x, "weight": weight, "bias": bias, **dyadic}
+            yield "intarsia.linear_i8i8", f"torch.int8 {tokens} {rows} {columns} {bias is not None}", case
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR)
+
+
+def whole(low: int, high: int, *shape: int) -> Tensor:
+    return torch.randint(low, high, shape, generator=GENERATOR)
+
+
+def error(op: str, case: Case) -> float:
     """Largest difference, relative to the largest magnitude; infinite if types differ."""
+    found, expected = launch.run(op, case), kernels.operators()[op].REFERENCES[op](**case)
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return float("inf")
     if not expected.numel():
@@ -49,4 +119,5 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(dict(errors())))
+    kernels.register()
+    print(json.dumps({f"{op} {name}": error(op, case) for op, name, case in cases()}))

@@ -1,15 +1,17 @@
 """Our operators keep their promises, and the check finds operators that do not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.export import Dim
 
 from intarsia import kernels
 from intarsia.ir.graph import Graph, Node
+from intarsia.ir.operators import resolve
 from intarsia.ir.target import Target
 from intarsia.kernels.base import Work
 from intarsia.kernels.conformance import Case, check_operator
@@ -20,47 +22,147 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((1, 32), (3, 96), (17, 160), (40, 64))
 
 
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(dtype)
+    return torch.randint(-128, 128, shape, generator=generator).to(dtype)
+
+
+def dyadic(channels: int) -> dict[str, Tensor]:
+    return {
+        "multiplier": torch.arange(1, channels + 1, dtype=torch.int32) * 1000,
+        "shift": torch.arange(channels, dtype=torch.int32) % 10 + 12,
+    }
+
+
 def weights() -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(0)
     for rows, columns in SHAPES:
         for dtype in DTYPES:
-            yield torch.randn(rows, columns, generator=generator).to(dtype)
+            yield random(rows, columns, dtype=dtype)
 
 
-def inputs(columns: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    for leading in ((1,), (5,), (2, 3), (2, 0)):
-        yield torch.linspace(-1, 1, columns).to(dtype).expand(*leading, columns).contiguous()
-
-
-def cases(op: str) -> list[Case]:
-    match op:
-        case "intarsia.quantize_rows":
-            return [{"weight": weight} for weight in weights()]
-        case "intarsia.quantize_groups":
-            return [{"weight": w, "group": g} for w in weights() for g in (32, 64) if w.shape[1] % g == 0]
-        case "intarsia.linear_i8":
-            return list(_products("weight", quantize_rows, {}))
-        case _:
-            return list(_products("packed", lambda w: quantize_groups(w, 32), {"group": 32}))
-
-
-def _products(key: str, quantize: Any, more: Mapping[str, Any]) -> Iterator[Case]:
+def products(key: str, quantize: Callable[[Tensor], tuple[Tensor, Tensor]], more: Mapping[str, Any]) -> Iterator[Case]:
     for weight in weights():
         stored, scale = quantize(weight)
-        for x in inputs(weight.shape[1], weight.dtype):
+        for leading in ((1,), (5,), (2, 3), (2, 0)):
+            x = torch.linspace(-1, 1, weight.shape[1]).to(weight.dtype).expand(*leading, weight.shape[1]).contiguous()
             for bias in (None, torch.ones(weight.shape[0], dtype=weight.dtype)):
                 yield {"input": x, key: stored, "scale": scale, "bias": bias, **more}
 
 
+def integer_linears() -> Iterator[Case]:
+    for rows, columns in SHAPES:
+        weight = random(rows, columns, dtype=torch.int8)
+        for leading in ((1,), (2, 3), (2, 0)):
+            x = random(*leading, columns, dtype=torch.int8, seed=1)
+            for bias in (None, random(rows, dtype=torch.int32)):
+                yield {"input": x, "weight": weight, "bias": bias, **dyadic(rows)}
+
+
+def integer_convolutions() -> Iterator[Case]:
+    for groups, stride, padding, dilation in ((1, 1, 0, 1), (2, 2, 1, 1), (4, 1, 2, 2)):
+        weight = random(8, 4 // groups, 3, 3, dtype=torch.int8)
+        window = {"stride": [stride] * 2, "padding": [padding] * 2, "dilation": [dilation] * 2, "groups": groups}
+        for bias in (None, random(8, dtype=torch.int32)):
+            x = random(2, 4, 9, 7, dtype=torch.int8, seed=1)
+            yield {"input": x, "weight": weight, "bias": bias, **dyadic(8), **window}
+
+
+def attentions() -> Iterator[Case]:
+    for dtype in DTYPES:
+        query = random(2, 5, 3, 16, dtype=dtype).transpose(1, 2)
+        for keys, lengths, scale in ((5, None, None), (7, torch.tensor([7, 2]), 0.5), (3, torch.tensor([0, 9]), None)):
+            key, value = (random(2, 3, keys, 16, dtype=dtype, seed=seed) for seed in (1, 2))
+            yield {"query": query, "key": key, "value": value, "lengths": lengths, "scale": scale}
+
+
+def norms() -> Iterator[Case]:
+    for dtype in DTYPES:
+        affine = random(24, dtype=dtype, seed=1)
+        for weight, rows in ((None, (2, 1)), (affine, (2, 5)), (affine, (1, 1))):
+            scale, shift = (random(*rows, 24, dtype=dtype, seed=seed) for seed in (2, 3))
+            x = random(2, 5, 24, dtype=dtype)
+            yield {"input": x, "weight": weight, "bias": weight, "scale": scale, "shift": shift, "eps": 1e-6}
+
+
+def residuals() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for rows in ((2, 1), (2, 5), (1, 1)):
+            residual, x = random(2, 5, 24, dtype=torch.float32), random(2, 5, 24, dtype=dtype, seed=1)
+            yield {"residual": residual, "input": x, "gate": random(*rows, 24, dtype=dtype, seed=2)}
+
+
+def ropes() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for weight in (None, random(24, dtype=dtype, seed=1)):
+            tables = {"cos": random(5, 4, seed=2), "sin": random(5, 4, seed=3)}
+            yield {"input": random(2, 5, 24, dtype=dtype), "weight": weight, **tables, "heads": 3, "eps": 1e-6}
+
+
+def roundings() -> Iterator[Case]:
+    for dtype in DTYPES:
+        yield {"input": random(3, 4, 5, dtype=dtype).transpose(0, 1), "scale": 0.02}
+
+
+CASES: Mapping[str, Callable[[], Iterable[Case]]] = {
+    "intarsia.quantize_rows": lambda: ({"weight": weight} for weight in weights()),
+    "intarsia.linear_i8": lambda: products("weight", quantize_rows, {}),
+    "intarsia.quantize_groups": lambda: (
+        {"weight": w, "group": g} for w in weights() for g in (32, 64) if w.shape[1] % g == 0
+    ),
+    "intarsia.linear_i4": lambda: products("packed", lambda weight: quantize_groups(weight, 32), {"group": 32}),
+    "intarsia.unpack_i4": lambda: ({"packed": quantize_groups(weight, 32)[0]} for weight in weights()),
+    "intarsia.linear_i8i8": integer_linears,
+    "intarsia.conv2d_i8i8": integer_convolutions,
+    "intarsia.quantize_static": roundings,
+    "intarsia.dequantize_static": lambda: (
+        {"input": random(3, 4, dtype=torch.int8).t(), "scale": 0.02, "dtype": dtype} for dtype in DTYPES
+    ),
+    "intarsia.requantize": lambda: (
+        {"input": 1000 * random(3, 4, 5, dtype=torch.int32), **dyadic(4 + axis), "axis": 1 + axis} for axis in (0, 1)
+    ),
+    "intarsia.attention": attentions,
+    "intarsia.norm_rope": ropes,
+    "intarsia.modulated_norm": norms,
+    "intarsia.gated_residual": residuals,
+}
+
+
 @pytest.mark.parametrize("op", kernels.OPERATORS)
 def test_every_operator_keeps_its_promises(op: str, target: Target) -> None:
-    check_operator(op, cases(op), target)
+    check_operator(op, list(CASES[op]()), target)
 
 
 def test_registering_twice_is_registering_once() -> None:
     kernels.register()
     kernels.register()
-    assert tuple(kernels.operators())[:4] == tuple(kernels.OPERATORS)
+    assert tuple(kernels.operators())[: len(kernels.OPERATORS)] == tuple(kernels.OPERATORS)
+
+
+class Call(torch.nn.Module):
+    """A model that is one call of an operator of ours."""
+
+    def __init__(self, op: str, others: Mapping[str, object]) -> None:
+        super().__init__()
+        self.op, self.others = resolve(op), others
+
+    def forward(self, tensors: dict[str, Tensor]) -> Any:
+        return self.op(**tensors, **self.others)
+
+
+@pytest.mark.parametrize("op", kernels.OPERATORS)
+def test_every_operator_decomposes_to_pytorchs_own_with_sizes_left_open(op: str) -> None:
+    case = next(iter(CASES[op]()))
+    tensors = {key: value for key, value in case.items() if isinstance(value, Tensor)}
+    module = Call(op, {key: value for key, value in case.items() if key not in tensors})
+    activations = {"input", "query", "key", "value", "residual"} & tensors.keys()
+    axes = {key: [Dim.AUTO if key in activations else None] * value.ndim for key, value in tensors.items()}
+    exported = torch.export.export(module, (tensors,), dynamic_shapes=(axes,), strict=False)
+    lowered = exported.run_decompositions(kernels.decompositions())
+    assert "intarsia" in str(exported.graph)
+    assert "intarsia" not in str(lowered.graph)
+    torch.testing.assert_close(lowered.module()(tensors), module(tensors))
 
 
 def test_other_operators_have_no_contract_of_ours(target: Target) -> None:
@@ -87,6 +189,8 @@ def faulty() -> Iterator[None]:
         "changes": lambda x: x.add_(1).clone(),
         "aliases": lambda x: x.view(-1),
         "draws": torch.rand_like,
+        "differs": lambda x: x + 2,
+        "lacks": lambda x: x + 1,
         "refuses": lambda x: x + 1,
         "mistypes": lambda x: x + 1,
     }
@@ -108,6 +212,8 @@ def faulty() -> Iterator[None]:
         ("aliases", "gives back memory of an argument"),
         ("draws", "two calls give different bits"),
         ("mistypes", r"the fake kernel gives f16\[4\], a run gives f32\[4\]"),
+        ("differs", "the reference differs: "),
+        ("lacks", "REFERENCES of its module has no faulty.lacks"),
         ("refuses", "why_not refuses what runs: no"),
     ],
 )
@@ -117,7 +223,9 @@ def test_an_operator_that_breaks_a_promise_is_told_which(
     def why_not(node: Node, graph: Graph, target: Target) -> str | None:
         return "no" if node.op == "faulty.refuses" else None
 
-    contract = SimpleNamespace(OPS=(f"faulty.{name}",), why_not=why_not, work=lambda *_: Work(0.0, "f32", 32))
+    references = {} if name == "lacks" else {f"faulty.{name}": lambda x: x + 1}
+    promises = {"why_not": why_not, "work": lambda *_: Work(0.0, "f32", 32), "REFERENCES": references}
+    contract = SimpleNamespace(OPS=(f"faulty.{name}",), **promises)
     monkeypatch.setattr(kernels, "operators", lambda: {f"faulty.{name}": contract})
     with pytest.raises(AssertionError, match=sentence):
         check_operator(f"faulty.{name}", [{"x": torch.ones(4)}], target)

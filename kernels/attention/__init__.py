@@ -1,0 +1,1 @@
+"""Dense softmax attention, with keys cut off by length."""

@@ -1,0 +1,1 @@
+"""A residual sum whose second term passes a gate."""

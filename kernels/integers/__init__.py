@@ -1,0 +1,1 @@
+"""Between real numbers and eight-bit integers: quantize, dequantize, requantize."""

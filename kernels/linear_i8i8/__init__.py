@@ -1,0 +1,1 @@
+"""A linear layer of integers alone: int8 times int8, summed in int32, scaled by dyadic numbers."""

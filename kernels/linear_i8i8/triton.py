@@ -1,0 +1,77 @@
+"""Integer linear layer in Triton: tensor cores multiply int8 into int32, then exact dyadic scaling in int64."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from intarsia.ir.graph import Graph, Node, Ref
+from intarsia.kernels.launch import Launch, cdiv, product
+
+BLOCK_N = 128
+
+
+def launch(node: Node, graph: Graph, architecture: str) -> Launch:
+    """Tiles of 128 rows of the weight by up to 128 tokens, 128 bytes of each a step."""
+    input, (rows, columns) = graph.type(node.ref("input")), graph.type(node.ref("weight")).shape
+    tokens = product(input.shape[:-1])
+    block_m = 128 if not tokens.isdecimal() or int(tokens) > 64 else 64 if int(tokens) > 16 else 16
+    bias = isinstance(node.args["bias"], Ref)
+    assert isinstance(rows, int)
+    assert isinstance(columns, int)
+    return Launch(
+        kernel="intarsia.kernels.linear_i8i8.triton:_linear_i8i8",
+        arguments=("input", "weight", *(("bias",) if bias else ()), "multiplier", "shift", "output", tokens),
+        types=("*i8", "*i8", *(("*i32",) if bias else ()), "*i32", "*i32", "*i8", "i32"),
+        constants={
+            **({} if bias else {"b_ptr": None}),
+            "n_size": rows,
+            "k_size": columns,
+            "block_m": block_m,
+            "block_n": BLOCK_N,
+            "block_k": 64 if architecture.startswith("gfx") else 128,
+        },
+        grid=(cdiv(rows, BLOCK_N), cdiv(tokens, block_m), "1"),
+        warps=8,
+        stages=2 if architecture.startswith("gfx") else 3,
+        results={"output": node.type},
+    )
+
+
+@triton.jit
+def _linear_i8i8(
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    multiplier_ptr,
+    shift_ptr,
+    y_ptr,
+    m_size,
+    n_size: tl.constexpr,
+    k_size: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+):
+    """One tile of y (M, N) = x (M, K) times w (N, K) transposed, plus b (N), times multiplier / 2**shift (N)."""
+    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    m = tl.program_id(1) * block_m + tl.arange(0, block_m)
+    x_rows = x_ptr + m.to(tl.int64)[:, None] * k_size
+    w_rows = w_ptr + n.to(tl.int64)[None, :] * k_size
+    total = tl.zeros((block_m, block_n), dtype=tl.int32)
+    for start in range(0, k_size, block_k):
+        k = start + tl.arange(0, block_k)
+        x = tl.load(x_rows + k[None, :], mask=(m < m_size)[:, None] & (k < k_size)[None, :], other=0)
+        w = tl.load(w_rows + k[:, None], mask=(n < n_size)[None, :] & (k < k_size)[:, None], other=0)
+        total = tl.dot(x, w, total, out_dtype=tl.int32)
+    if b_ptr is not None:
+        total += tl.load(b_ptr + n, mask=n < n_size, other=0)[None, :]
+    multiplier = tl.load(multiplier_ptr + n, mask=n < n_size, other=0).to(tl.int64)[None, :]
+    shift = tl.load(shift_ptr + n, mask=n < n_size, other=1).to(tl.int64)[None, :]
+    half = tl.full((1, block_n), 1, tl.int64) << (shift - 1)
+    scaled = (total.to(tl.int64) * multiplier + half) >> shift
+    clipped = tl.minimum(tl.maximum(scaled, -128), 127).to(tl.int8)
+    y = y_ptr + m.to(tl.int64)[:, None] * n_size + n[None, :]
+    tl.store(y, clipped, mask=(m < m_size)[:, None] & (n < n_size)[None, :])

@@ -1,0 +1,1 @@
+"""Layer norm whose scale and shift depend on the denoising step (adaLN)."""

@@ -1,0 +1,1 @@
+"""RMS norm of queries or keys over all heads, then rotary position embedding."""
