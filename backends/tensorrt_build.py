@@ -1,0 +1,219 @@
+"""Build the TensorRT engine from model.onnx and build.json in this folder: ``python build.py``.
+
+Needs NVIDIA's package tensorrt (the engine is for the GPU of this machine) or tensorrt_rtx (for the architecture in
+build.json, with or without a GPU), and nothing else. Writes ``engine.PACKAGE.plan``, and the facts about it into
+build.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
+"""Where the builder may come from; the last is the second without the empty package around it."""
+
+MODEL = "model.onnx"
+SETTINGS = "build.json"
+
+
+class Refused(Exception):
+    """TensorRT does not take the model; one reason a line, each with the node's name where TensorRT tells it."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__("\n".join(reasons))
+        self.reasons = tuple(reasons)
+
+
+def main() -> int:
+    """Build in the folder of this file; the exit code says how it went, as those of intarsia do."""
+    folder = Path(__file__).resolve().parent
+    settings = json.loads((folder / SETTINGS).read_text())
+    try:
+        trt = library()
+        with quiet():
+            plan = build_plan(trt, folder / MODEL, settings)
+    except ImportError as error:
+        print(error, file=sys.stderr)
+        return 6
+    except Refused as error:
+        print(error, file=sys.stderr)
+        return 3
+    facts = write_plan(trt, folder, plan)
+    (folder / SETTINGS).write_text(json.dumps({**settings, "engine": facts}, indent=2, sort_keys=True) + "\n")
+    print(f"{folder / facts['file']}: {facts['bytes']:,} bytes, {facts['builder']}")
+    return 0
+
+
+def library() -> Any:
+    """The first of ``PACKAGES`` that is installed; ImportError says what to install."""
+    for name in PACKAGES:
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(name)
+    raise ImportError(
+        "no TensorRT builder is installed; pip install tensorrt on a machine with a data-centre GPU, "
+        "or tensorrt-rtx-cu13-libs and tensorrt-rtx-cu13-bindings for RTX GPUs"
+    )
+
+
+def package(trt: Any) -> str:
+    """``tensorrt`` or ``tensorrt_rtx``, whatever wraps it."""
+    return str(trt.__name__).removesuffix("_bindings")
+
+
+def architectures(trt: Any) -> tuple[str, ...]:
+    """``sm_75``, ...: what the builder makes engines for; empty if only for the GPU of this machine."""
+    known = getattr(trt, "ComputeCapability", None)
+    names = [] if known is None else [name for name in known.__members__ if name.startswith("SM")]
+    return tuple(f"sm_{name[2:]}" for name in sorted(names, key=lambda name: int(name[2:])))
+
+
+def build_plan(trt: Any, model: Path, settings: Mapping[str, Any]) -> bytes:
+    """The engine's bytes, the same for the same model and settings.
+
+    Args:
+        model: ONNX, with an element type on everything and explicit quantization.
+        settings: name; architecture; level, 0 to 5; tf32; version_compatible; timing_cache, a path or empty; profile,
+            extents "min", "opt" and "max" of each input whose extents vary.
+
+    Raises:
+        Refused: The parser or the builder does not take the model.
+    """
+    log = _log(trt)
+    builder = trt.Builder(log)
+    network = parse(trt, builder, log, model)
+    network.name = settings["name"]  # a counter otherwise, and a plan holds it
+    config = builder.create_builder_config()
+    config.builder_optimization_level = settings["level"]
+    _set(config, trt.BuilderFlag.TF32, settings["tf32"])
+    _set(config, trt.BuilderFlag.VERSION_COMPATIBLE, settings["version_compatible"])
+    if architectures(trt):
+        capability = settings["architecture"].replace("sm_", "SM")
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
+    if settings["profile"]:
+        profile = builder.create_optimization_profile()
+        for name, extents in settings["profile"].items():
+            profile.set_shape(name, extents["min"], extents["opt"], extents["max"])
+        config.add_optimization_profile(profile)
+    with _timing_cache(config, settings["timing_cache"]):
+        plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise Refused(_explained(trt, network, log.errors))
+    return bytes(plan)
+
+
+def parse(trt: Any, builder: Any, log: Any, model: Path) -> Any:
+    """The strongly typed network; Refused with every error of NVIDIA's parser."""
+    strongly = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if strongly is None else 1 << int(strongly))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(model)):
+        raise Refused([_located(parser.get_error(index)) for index in range(parser.num_errors)])
+    return network
+
+
+def check_model(trt: Any, model: Path) -> int:
+    """Number of layers that NVIDIA's parser makes of the model; Refused if it does not take it."""
+    log = _log(trt)
+    return int(parse(trt, trt.Builder(log), log, model).num_layers)
+
+
+def write_plan(trt: Any, folder: Path, plan: bytes) -> dict[str, Any]:
+    """Write the engine; its facts: file, builder, bytes and hash."""
+    file = f"engine.{package(trt)}.plan"
+    (folder / file).write_bytes(plan)
+    return {
+        "file": file,
+        "builder": f"{package(trt)} {trt.__version__}",
+        "bytes": len(plan),
+        "sha256": hashlib.sha256(plan).hexdigest(),
+    }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what the library writes to the error stream past its log, which tells the same."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _log(trt: Any) -> Any:
+    """A logger that keeps errors and prints nothing."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(" ".join(message.split()))
+
+    return Log()
+
+
+def _set(config: Any, flag: Any, wanted: bool) -> None:
+    if wanted:
+        config.set_flag(flag)
+    else:
+        config.clear_flag(flag)
+
+
+@contextlib.contextmanager
+def _timing_cache(config: Any, path: str) -> Iterator[None]:
+    """Timings of tactics kept in a file, so that a second build takes the same ones and less time."""
+    if not path:
+        yield
+        return
+    file = Path(path)
+    cache = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
+    config.set_timing_cache(cache, False)
+    yield
+    file.write_bytes(bytes(config.get_timing_cache().serialize()))
+
+
+def _located(error: Any) -> str:
+    """One line of the parser's error: node, operator, reason."""
+    reason = str(error.desc()).split("\n[")[0].removeprefix(f"Invalid Node - {error.node_name()}")
+    return f"%{error.node_name()} ({error.node_operator()}): {_short(reason)}"
+
+
+def _explained(trt: Any, network: Any, errors: Sequence[str]) -> list[str]:
+    """The builder's errors, with the nodes that have the element type which an error names."""
+    known = {"fp8": trt.DataType.FP8, "fp4": trt.DataType.FP4, "int4": trt.DataType.INT4, "bf16": trt.DataType.BF16}
+    reasons = []
+    for error in errors or ["the builder gave no engine and no reason"]:
+        dtype = next((dtype for name, dtype in known.items() if name in error.lower()), None)
+        nodes = _giving(network, dtype)
+        reasons.append(f"%{nodes[0]} and {len(nodes) - 1} more: {_short(error)}" if nodes else _short(error))
+    return reasons
+
+
+def _giving(network: Any, dtype: Any) -> list[str]:
+    """Names of the layers that give this element type."""
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    return [layer.name for layer in layers if dtype is not None and layer.get_output_type(0) == dtype]
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:400]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""A program as TensorRT reads it: ONNX with an element type on everything and quantization spelled out.
+
+    %q: i8 = intarsia.quantize_static(%x, scale)         QuantizeLinear
+    %x: f16 = intarsia.dequantize_static(%q, scale)      DequantizeLinear(output_dtype=f16)
+    %y = intarsia.linear_i8(%x, %w, %s)                  DequantizeLinear(%w (C, R), axis=1) -> MatMul
+    %y = intarsia.linear_i4(%x, %p, %s, group)           DequantizeLinear(%p (C, R), axis=0, block_size=group) -> MatMul
+    %y: i8 = intarsia.conv2d_i8i8(%q, %w, ...)           DequantizeLinear(both) -> Conv -> QuantizeLinear
+    %q: f8e4m3 = aten._to_copy(%x)                       QuantizeLinear with scale 1
+
+TensorRT computes such a triple in integers. It has no dyadic numbers: a multiplier b / 2**c becomes the scale of its
+channel, in f32, and rounds half to even where ours rounds half up (docs/tensorrt.md says how often that differs).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from intarsia.backends.onnx_fusion import fuse
+from intarsia.backends.onnx_model import Dialect
+from intarsia.backends.onnx_operators import translations
+from intarsia.backends.onnx_weights import Tape, Weights, constant, product, value_of
+from intarsia.ir.graph import Arg, Graph, Node, Ref, Symbol, Value
+from intarsia.ir.rewrite import rewrite
+from intarsia.ir.types import TensorType
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+FLOATS = ("f32", "f16", "bf16")
+"""Element types in which TensorRT computes."""
+
+SCALINGS = ("intarsia.quantize_static", "intarsia.dequantize_static")
+"""Operators of ours that are one of ONNX's."""
+
+PRODUCTS = ("intarsia.linear_i8i8", "intarsia.conv2d_i8i8", "intarsia.requantize")
+"""Operators of ours that become three or more of ONNX's, their dyadic numbers in f32."""
+
+_CASTS = ("aten._to_copy", "aten.to.dtype")
+_F8 = "f8e4m3"
+
+
+@torch.library.custom_op("intarsia_tensorrt::conv2d_i8", mutates_args=())
+def conv2d_i8(  # noqa: PLR0917
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Input (N, C, H, W), weight int8 (O, C/groups, kh, kw), scale f32 (O), bias (O): in input's dtype."""
+    wide = (weight.float() * scale.reshape(-1, 1, 1, 1)).to(input.dtype)
+    return torch.nn.functional.conv2d(input, wide, bias, list(stride), list(padding), list(dilation), groups)
+
+
+@conv2d_i8.register_fake
+def _(  # noqa: PLR0917
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    wide = weight.new_empty(weight.shape, dtype=input.dtype)
+    return torch.nn.functional.conv2d(input, wide, bias, list(stride), list(padding), list(dilation), groups)
+
+
+@torch.library.custom_op("intarsia_tensorrt::cast_f8", mutates_args=())
+def cast_f8(input: Tensor, dtype: torch.dtype) -> Tensor:
+    """Input to or from f8e4m3, of any extents, in ``dtype``; what is too large for f8 becomes its largest."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    inside = input.clamp(-largest, largest) if dtype == torch.float8_e4m3fn else input
+    return inside.to(dtype).clone()
+
+
+@cast_f8.register_fake
+def _(input: Tensor, dtype: torch.dtype) -> Tensor:
+    return input.new_empty(input.shape, dtype=dtype)
+
+
+def lower(graph: Graph) -> Graph:
+    """The graph in operators that have a spelling below."""
+    return fuse(rewrite(graph, lambda node: _lowered(node, graph)))
+
+
+def _lowered(node: Node, graph: Graph) -> Sequence[Node] | None:
+    if node.op in PRODUCTS:
+        return _product(node, graph)
+    if node.op in _CASTS and _F8 in (node.type.dtype, graph.type(node.ref("self")).dtype):
+        dtype = Symbol("torch.float8_e4m3fn") if node.type.dtype == _F8 else node.args["dtype"]
+        return [replace(node, op="intarsia_tensorrt.cast_f8", args={"input": node.args["self"], "dtype": dtype})]
+    return None
+
+
+def _product(node: Node, graph: Graph) -> Sequence[Node]:
+    """Integers to f32, the product with weights scaled by their dyadic numbers, and back to int8 with scale 1."""
+    rows = graph.type(node.ref("multiplier"))
+    wide = TensorType("f32", rows.shape)
+    made: list[Node] = []
+
+    def call(op: str, part: str, type_: TensorType, **args: Arg) -> Ref:
+        made.append(Node(op, args, (Value(f"{node.name}.{part}", type_),), node.source))
+        return Ref(made[-1].name)
+
+    down = call("aten.neg", "down", rows, self=node.args["shift"])
+    factor = call("aten.ldexp.Tensor", "factor", wide, self=node.args["multiplier"], other=down)
+    input = TensorType("f32", graph.type(node.ref("input")).shape)
+    result = TensorType("f32", node.type.shape)
+    if node.op == "intarsia.requantize":
+        axis, rank = node.args["axis"], len(input.shape)
+        assert isinstance(axis, int)
+        shape = tuple(rows.shape[0] if index == axis % rank else 1 for index in range(rank))
+        column = call("aten.reshape", "column", TensorType("f32", shape), self=factor, shape=shape)
+        number = call("aten._to_copy", "wide", input, self=node.args["input"], dtype=Symbol("torch.float32"))
+        answer = call("aten.mul.Tensor", "product", result, self=number, other=column)
+    else:
+        dequantized: dict[str, Arg] = {"input": node.args["input"], "scale": 1.0, "dtype": Symbol("torch.float32")}
+        number = call("intarsia.dequantize_static", "wide", input, **dequantized)
+        bias = node.args["bias"] and call("aten.mul.Tensor", "bias", wide, self=node.args["bias"], other=factor)
+        args: dict[str, Arg] = {"input": number, "weight": node.args["weight"], "scale": factor, "bias": bias}
+        window = {key: node.args[key] for key in ("stride", "padding", "dilation", "groups") if key in node.args}
+        op = "intarsia.linear_i8" if node.op == "intarsia.linear_i8i8" else "intarsia_tensorrt.conv2d_i8"
+        answer = call(op, "product", result, **args, **window)
+    made.append(Node("intarsia.quantize_static", {"input": answer, "scale": 1.0}, node.outputs, node.source))
+    return made
+
+
+def spellings() -> Mapping[Callable[..., Any], Callable[..., Any]]:
+    """How torch.onnx spells operators, those of integers and of attention as TensorRT fuses them."""
+    ours = torch.ops.intarsia
+    return {
+        **translations(),
+        ours.quantize_static.default: _quantize,
+        ours.dequantize_static.default: _dequantize,
+        torch.ops.intarsia_tensorrt.conv2d_i8.default: _conv2d_i8,
+        torch.ops.intarsia_tensorrt.cast_f8.default: _cast_f8,
+        torch.ops.intarsia_onnx.attention.default: _attention,
+        torch.ops.aten.scaled_dot_product_attention.default: _heads_first_attention,
+    }
+
+
+def _quantize(input: Any, scale: float) -> Any:
+    from onnxscript import opset23 as op
+
+    return op.QuantizeLinear(input, _number(scale, "FLOAT"), _number(0, "INT8"))
+
+
+def _dequantize(input: Any, scale: float, dtype: int) -> Any:
+    from onnxscript import opset23 as op
+
+    return op.DequantizeLinear(input, _number(scale, "FLOAT"), _number(0, "INT8"), output_dtype=dtype)
+
+
+def _cast_f8(input: Any, dtype: int) -> Any:
+    import onnx_ir as ir
+    from onnxscript import opset23 as op
+
+    zero = _number(0, "FLOAT8E4M3FN")
+    if dtype == ir.DataType.FLOAT8E4M3FN:
+        return op.QuantizeLinear(input, _number(1.0, "FLOAT"), zero)
+    return op.DequantizeLinear(input, _number(1.0, "FLOAT"), zero, output_dtype=dtype)
+
+
+def _conv2d_i8(  # noqa: PLR0917
+    input: Any,
+    weight: Any,
+    scale: Any,
+    bias: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Any:
+    from onnxscript import opset23 as op
+
+    wide = op.DequantizeLinear(weight, scale, axis=0, output_dtype=int(input.dtype))
+    window = {"strides": list(stride), "pads": [*padding, *padding], "dilations": list(dilation), "group": groups}
+    return op.Conv(input, wide, bias, **window)
+
+
+def _attention(query: Any, key: Any, value: Any, is_causal: bool, scale: float | None) -> Any:
+    """Heads beside channels; whole in sixteen bits, in pieces in f32, for which TensorRT has no attention kernel."""
+    from onnxscript import opset23 as op
+
+    if not _is_f32(query):
+        return translations()[torch.ops.intarsia_onnx.attention.default](query, key, value, is_causal, scale)
+    query, key, value = (op.Transpose(tensor, perm=[0, 2, 1, 3]) for tensor in (query, key, value))
+    answer = _spelled_out(query, key, value, None, is_causal=is_causal, scale=scale)
+    return op.Transpose(answer, perm=[0, 2, 1, 3])
+
+
+def _heads_first_attention(  # noqa: PLR0917
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    from onnxscript import opset23 as op
+
+    if _is_f32(query) and len(query.shape) == 4 and not enable_gqa:
+        return _spelled_out(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+    given = {} if scale is None else {"scale": scale}
+    answer, *_ = op.Attention(query, key, value, attn_mask, is_causal=int(is_causal), **given)
+    return answer
+
+
+def _spelled_out(query: Any, key: Any, value: Any, mask: Any, *, is_causal: bool, scale: float | None) -> Any:
+    """softmax(query (B, H, S, D) * scale @ key (B, H, T, D) transposed + mask) @ value."""
+    from onnxscript import opset23 as op
+
+    step = _number(scale if scale is not None else 1 / math.sqrt(query.shape[-1]), "FLOAT")
+    scores = op.MatMul(op.Mul(query, step), op.Transpose(key, perm=[0, 1, 3, 2]))
+    lowest = _number(-math.inf, "FLOAT")
+    if is_causal:
+        extents = op.Shape(scores, start=2, end=4)
+        mask = op.Cast(op.Trilu(op.Expand(_number(1, "INT32"), extents), upper=0), to=int(_dtype("BOOL")))
+    if mask is not None and mask.dtype == _dtype("FLOAT"):
+        scores = op.Add(scores, mask)
+    elif mask is not None:
+        scores = op.Where(mask, scores, lowest)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _is_f32(value: Any) -> bool:
+    return bool(value.dtype == _dtype("FLOAT"))
+
+
+def _dtype(name: str) -> Any:
+    import onnx_ir as ir
+
+    return ir.DataType[name]
+
+
+def _number(number: float, dtype: str) -> Any:
+    import numpy as np
+    import onnx_ir as ir
+    from onnxscript import opset23 as op
+
+    return op.Constant(value=ir.tensor(np.array(number, _dtype(dtype).numpy()), dtype=_dtype(dtype)))
+
+
+class TransposedWeights(Weights):
+    """Narrow weights as (C, R), dequantized to the activations' element type at once: what TensorRT fuses."""
+
+    def eight_bits(self, node: onnx_ir.Node, tape: Tape) -> onnx_ir.Value:
+        """The weight int8 (C, R), a scale for each of its columns."""
+        weight, scale = value_of(node, 1), value_of(node, 2)
+        tensor = constant(weight)
+        shape = tuple(reversed(tensor.shape.numpy()))
+        narrow = self.initializer(weight, "transposed", tensor.dtype, shape, lambda: tensor.numpy().T)
+        return self._dequantized(node, tape, narrow, scale, axis=1)
+
+    def four_bits(self, node: onnx_ir.Node, tape: Tape) -> onnx_ir.Value:
+        """The weight int4 (C, R), a scale for each group of its rows, (C/group, R), in the activations' element type.
+
+        TensorRT takes blocks with scales of the result's element type only, so those of f16 and bf16 are rounded.
+        """
+        import onnx_ir as ir
+
+        packed, scale = value_of(node, 1), value_of(node, 2)
+        tensor, scales = constant(packed), constant(scale)
+        rows, half = tensor.shape.numpy()
+        narrow = self.initializer(
+            packed, "i4.transposed", ir.DataType.INT4, (2 * half, rows), lambda: _codes(tensor.numpy())
+        )
+        shape = tuple(reversed(scales.shape.numpy()))
+        dtype = value_of(node, 0).dtype
+        assert dtype is not None
+        blocks = self.initializer(
+            scale, f"{dtype.name.lower()}.transposed", dtype, shape, lambda: _scales(scales.numpy().T, dtype)
+        )
+        return self._dequantized(node, tape, narrow, blocks, axis=0, block_size=node.attributes["group"].as_int())
+
+    def _dequantized(
+        self, node: onnx_ir.Node, tape: Tape, narrow: onnx_ir.Value, scale: onnx_ir.Value, **blocks: int
+    ) -> onnx_ir.Value:
+        dtype = value_of(node, 0).dtype
+        assert dtype is not None
+        return product(node, tape, tape.op("DequantizeLinear", narrow, scale, output_dtype=int(dtype), **blocks))
+
+
+def _codes(packed: Any) -> Any:
+    """Codes (C, R) in -8..7 from packed u8 (R, C/2), as numpy holds four bits."""
+    import ml_dtypes
+    import numpy as np
+
+    nibbles = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(len(packed), -1)
+    return ((nibbles.astype(np.int8) ^ 8) - 8).T.astype(ml_dtypes.int4)
+
+
+def _scales(scales: Any, dtype: onnx_ir.DataType) -> Any:
+    """Positive scales in ``dtype``: one too small for it, of a group of zeros, becomes its smallest number."""
+    import ml_dtypes
+    import numpy as np
+
+    kind = dtype.numpy()
+    return np.maximum(scales, np.float32(ml_dtypes.finfo(kind).smallest_subnormal)).astype(kind)
+
+
+TENSORRT = Dialect(fuse=lower, translations=spellings, weights=TransposedWeights)
+"""What TensorRT wants written in its own way."""
