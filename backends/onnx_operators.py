@@ -61,6 +61,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     is_causal: bool,
     scale: float | None,
     mask: Tensor | None = None,
@@ -82,6 +83,7 @@ def _(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     is_causal: bool,
     scale: float | None,
     mask: Tensor | None = None,
@@ -120,7 +122,7 @@ def _rotary(input: Any, cos: Any, sin: Any, positions: Any, heads: int) -> Any:
 
 
 def _attention(
-    query: Any, key: Any, value: Any, is_causal: bool, scale: float | None, mask: Any = None, lengths: Any = None
+    query: Any, key: Any, value: Any, *, is_causal: bool, scale: float | None, mask: Any = None, lengths: Any = None
 ) -> Any:
     """Heads stay beside channels: ONNX Runtime reads them strided, which saves four transpositions."""
     from onnxscript import opset23 as op
@@ -145,7 +147,7 @@ def _attention_of_lengths(query: Any, key: Any, value: Any, lengths: Any = None,
     return answer if lengths is None else _zero_without_keys(answer, lengths, query)
 
 
-def _attention_of_heads(
+def _attention_of_heads(  # noqa: PLR0917
     query: Any,
     key: Any,
     value: Any,

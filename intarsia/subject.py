@@ -87,9 +87,17 @@ def resolve(
     found = models.find(str(model))
     module = models.meta(found) if meta else models.load(found, weights=weights)
     with torch.device("meta" if meta else "cpu"):
-        examples = dict(inputs or found.inputs())
+        examples = _long_enough(inputs or found.inputs(), dynamic or {})
     program = trace_module(module, examples, static=found.static, dynamic=dynamic, name=found.name)
     return Subject(found.name, program if raw else clean(program), found)
+
+
+def _long_enough(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, Tensor]:
+    """The inputs with axes that vary repeated where they are 1 long: torch.export takes such an axis for fixed."""
+    return {
+        key: value.repeat([2 if axis in dynamic.get(key, {}) and n == 1 else 1 for axis, n in enumerate(value.shape)])
+        for key, value in inputs.items()
+    }
 
 
 def dynamic_axes(model: str, sizes: Sequence[str]) -> Dynamic:

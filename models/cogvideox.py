@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from intarsia.models.base import Model, cast_parameters
 from intarsia.models.libraries import tolerate_torchvision
+from intarsia.models.random_weights import enliven
 from intarsia.models.sampler import noise
 
 SOURCE = "CogVideoX (arXiv 2408.06072), diffusers CogVideoXTransformer3DModel"
@@ -79,7 +80,7 @@ def _build(config: Mapping[str, int], grid: tuple[int, int, int], dtype: torch.d
 
     module = cast(nn.Module, CogVideoXTransformer3DModel(**config, use_rotary_positional_embeddings=True))
     _hold_tables(module, config["attention_head_dim"], grid)
-    return cast_parameters(module, dtype).eval()
+    return cast_parameters(enliven(module), dtype).eval()
 
 
 def _hold_tables(module: nn.Module, channels: int, grid: tuple[int, int, int]) -> None:
@@ -91,7 +92,7 @@ def _hold_tables(module: nn.Module, channels: int, grid: tuple[int, int, int]) -
     module.register_buffer("rotary_cos", cos, persistent=False)
     module.register_buffer("rotary_sin", sin, persistent=False)
 
-    def give(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         tables = (module.get_buffer("rotary_cos"), module.get_buffer("rotary_sin"))
         return args, {**kwargs, "image_rotary_emb": tables}
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from intarsia.models.base import Model, cast_parameters
 from intarsia.models.libraries import tolerate_torchvision
+from intarsia.models.random_weights import enliven
 from intarsia.models.sampler import noise
 
 SOURCE = "HunyuanVideo (arXiv 2412.03603), diffusers HunyuanVideoTransformer3DModel"
@@ -36,7 +37,7 @@ def hunyuanvideo_mini() -> Model:
 
 
 def hunyuanvideo() -> Model:
-    """HunyuanVideo, 129 frames of 720x1280. Configuration: the defaults of diffusers' class, which are the published."""
+    """HunyuanVideo, 129 frames of 720x1280. Configuration: the defaults of diffusers' class, as published."""
     config = dict(
         num_attention_heads=24, num_layers=20, num_single_layers=40, text_embed_dim=4096, pooled_projection_dim=768
     )
@@ -89,4 +90,5 @@ def _build(config: Mapping[str, object], dtype: torch.dtype) -> nn.Module:
     tolerate_torchvision()
     from diffusers import HunyuanVideoTransformer3DModel
 
-    return cast_parameters(cast(nn.Module, HunyuanVideoTransformer3DModel(**config)), dtype).eval()
+    module = cast(nn.Module, HunyuanVideoTransformer3DModel(**config))
+    return cast_parameters(enliven(module), dtype).eval()

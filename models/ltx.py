@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from intarsia.models.base import Model, cast_parameters
 from intarsia.models.libraries import tolerate_torchvision
+from intarsia.models.random_weights import enliven
 from intarsia.models.sampler import noise
 
 SOURCE = "LTX-Video (arXiv 2501.00103), diffusers LTXVideoTransformer3DModel"
@@ -31,7 +32,7 @@ def ltx_mini() -> Model:
 
 
 def ltx_2b() -> Model:
-    """LTX-Video 2B, 121 frames of 480x704. Configuration: the defaults of diffusers' class, which are the published."""
+    """LTX-Video 2B, 121 frames of 480x704. Configuration: the defaults of diffusers' class, as published."""
     config = dict(in_channels=128, num_attention_heads=32, num_layers=28)
     return _model("ltx-2b", config, grid=(16, 15, 22), text=(128, 4096), lengths=(128,), dtype=torch.bfloat16)
 
@@ -82,4 +83,5 @@ def _build(config: Mapping[str, int], dtype: torch.dtype) -> nn.Module:
     tolerate_torchvision()
     from diffusers import LTXVideoTransformer3DModel
 
-    return cast_parameters(cast(nn.Module, LTXVideoTransformer3DModel(**config)), dtype).eval()
+    module = cast(nn.Module, LTXVideoTransformer3DModel(**config))
+    return cast_parameters(enliven(module), dtype).eval()

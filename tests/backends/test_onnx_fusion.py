@@ -6,7 +6,7 @@ import torch
 from intarsia.backends import agreement
 from intarsia.backends.onnx_fusion import fuse
 from intarsia.ir.execute import check_types
-from intarsia.ir.graph import Graph
+from intarsia.ir.graph import Arg, Graph, Ref
 from intarsia.ir.program import Program, example_inputs
 from intarsia.ir.verify import verify
 
@@ -122,7 +122,6 @@ def test_leaves_what_only_looks_like_a_rotation(old: str, fresh: str) -> None:
     [
         ("value=%vt)", "value=%vt, dropout_p=0.5)"),
         ("value=%vt)", "value=%vt, enable_gqa=True)"),
-        ("value=%vt)", "value=%vt, attn_mask=%q)"),
         ("return %y", "return %y, %s"),
         ("dim0=1, dim1=2", "dim0=1, dim1=3"),
         (
@@ -135,6 +134,28 @@ def test_leaves_attention_that_onnx_would_compute_otherwise(old: str, fresh: str
     assert old in ATTENTION
     graph = Graph.parse(ATTENTION.replace(old, fresh))
     assert fuse(graph) is graph
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "kept"),
+    [
+        ("aten.scaled_dot_product_attention", "attn_mask=%m", {"mask": Ref("m")}),
+        ("intarsia.attention", "lengths=%n, scale=None", {"lengths": Ref("n")}),
+    ],
+)
+def test_keeps_masks_and_lengths(op: str, given: str, kept: dict[str, Arg]) -> None:
+    text = ATTENTION.replace("aten.scaled_dot_product_attention(", f"{op}(").replace(
+        "value=%vt)", f"value=%vt, {given})"
+    )
+    text = text.replace("  input %k", "  input %m: f32[2, 1, 1, 3]\n  input %n: i64[2]\n  input %k")
+    graph = Graph.parse(text)
+    (node,) = fuse(graph).nodes
+    assert {key: node.args[key] for key in kept} == kept
+    inputs = [
+        torch.tensor([1, 3]) if value.name == "n" else given
+        for value, given in zip(graph.inputs, example_inputs(graph), strict=True)
+    ]
+    assert agreement.error(Program(fuse(graph), {}).module()(*inputs), Program(graph, {}).module()(*inputs)) < 1e-6
 
 
 def test_keeps_causality_and_scale() -> None:
