@@ -20,6 +20,7 @@ from intarsia.ir.target import Target
 BACKENDS: dict[str, str] = {
     "null": "intarsia.backends.null:NullBackend",
     "onnx": "intarsia.backends.onnx:OnnxBackend",
+    "triton": "intarsia.backends.triton:TritonBackend",
 }
 """Backends that come with Intarsia, by name; others join by entry points of the group ``intarsia.backends``."""
 

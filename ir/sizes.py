@@ -48,6 +48,29 @@ def evaluate(dim: Dim, sizes: Mapping[str, int]) -> int:
         raise InvalidGraph(f"dimension {dim!r}: divides by zero for sizes {dict(sizes)}") from error
 
 
+def solve(extents: Mapping[Dim, int]) -> dict[str, int]:
+    """The sizes for which dimensions have these extents: ``{"4*H": 32, "N": 2}`` gives ``{"H": 8, "N": 2}``.
+
+    A size is told by a dimension in which it stands alone and linearly, as the inputs of traced models have it.
+
+    Raises:
+        InvalidGraph: No size gives an extent, two dimensions tell a size apart, or none tells it.
+    """
+    found: dict[str, int] = {}
+    for dim, extent in extents.items():
+        if len(names(dim)) != 1:
+            continue
+        (name,) = names(dim)
+        offset = evaluate(dim, {name: 0})
+        factor = evaluate(dim, {name: 1}) - offset
+        if factor and evaluate(dim, {name: 2}) == offset + 2 * factor:
+            found.setdefault(name, (extent - offset) // factor)
+    for dim, extent in extents.items():
+        if evaluate(dim, found) != extent:
+            raise InvalidGraph(f"dimension {dim!r} is {extent}, which no size gives beside {found}")
+    return found
+
+
 def names(dim: Dim) -> frozenset[str]:
     """The named sizes in ``dim``."""
     if isinstance(dim, int):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from intarsia.ir.errors import InvalidGraph
-from intarsia.ir.sizes import Size, evaluate, names
+from intarsia.ir.sizes import Size, evaluate, names, solve
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,21 @@ def test_division_by_zero_is_told_with_the_sizes() -> None:
 def test_a_size_prints_with_its_range() -> None:
     assert str(Size("N", 2, 64)) == "N in [2, 64]"
     assert str(Size("N")) == "N in [1, inf]"
+
+
+def test_sizes_are_told_by_the_extents_of_dimensions() -> None:
+    assert solve({"4*H": 32, "N": 2, "N*H + 1": 17, 3: 3}) == {"H": 8, "N": 2}
+
+
+@pytest.mark.parametrize(
+    ("extents", "said"),
+    [
+        ({"4*H": 30}, r"dimension '4\*H' is 30, which no size gives"),
+        ({"N": 2, "2*N": 6}, r"dimension '2\*N' is 6, which no size gives beside \{'N': 2\}"),
+        ({"N*H": 6}, "size N has no value"),
+        ({4: 5}, "dimension 4 is 5"),
+    ],
+)
+def test_extents_that_no_size_gives_are_refused(extents: dict[int | str, int], said: str) -> None:
+    with pytest.raises(InvalidGraph, match=said):
+        solve(extents)
