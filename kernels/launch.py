@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -120,7 +121,8 @@ def start(launch: Launch, tensors: Mapping[str, Tensor], sizes: Mapping[str, int
     kernel = imported(launch.kernel)
     passed = dict(zip(runtime_parameters(launch), values(launch, tensors, sizes), strict=True))
     grid = tuple(evaluate(extent, sizes) for extent in launch.grid)
-    kernel[grid](**passed, **launch.constants, num_warps=launch.warps, num_stages=launch.stages)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    kernel[grid](**passed, **launch.constants, **options)
 
 
 def runtime_parameters(launch: Launch) -> tuple[str, ...]:
@@ -162,8 +164,17 @@ def cdiv(extent: Dim, block: int) -> str:
 
 
 def product(extents: Sequence[Dim]) -> str:
-    """The product of the extents, as an expression of sizes."""
-    return "*".join(str(extent) if isinstance(extent, int) else f"({extent})" for extent in extents) or "1"
+    """The product of the extents, as an expression of sizes; a plain number if all of them are."""
+    known = prod(extent for extent in extents if isinstance(extent, int))
+    named = [f"({extent})" for extent in extents if isinstance(extent, str)]
+    return "*".join([str(known), *named])
+
+
+def tile_rows(extent: str) -> int:
+    """Rows of a product's tile: 128, or the fewest of 16 and 64 that cover a number known when the code is made."""
+    if not extent.isdecimal() or int(extent) > 64:
+        return 128
+    return 64 if int(extent) > 16 else 16
 
 
 def strides(graph: Graph, node: Node, operand: str, axes: Sequence[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:

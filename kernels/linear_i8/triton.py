@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from intarsia.ir.graph import Graph, Node, Ref
-from intarsia.kernels.launch import POINTERS, Launch, cdiv, product
+from intarsia.kernels.launch import POINTERS, Launch, cdiv, product, tile_rows
 
 BLOCK_N = 128
 
@@ -19,22 +19,24 @@ BLOCK_N = 128
 def launch(node: Node, graph: Graph, architecture: str) -> Launch:
     """Tiles of 128 rows of the weight by up to 128 tokens; fewer for f32, which no tensor core multiplies exactly."""
     input, (rows, columns) = graph.type(node.ref("input")), graph.type(node.ref("weight")).shape
+    assert isinstance(rows, int)
+    assert isinstance(columns, int)
     tokens = product(input.shape[:-1])
-    block_m = 128 if not tokens.isdecimal() or int(tokens) > 64 else 64 if int(tokens) > 16 else 16
-    pointer, bias = POINTERS[input.dtype], isinstance(node.args["bias"], Ref)
+    bias = node.args["bias"]
+    biases = (POINTERS[graph.type(bias.name).dtype],) if isinstance(bias, Ref) else ()
     return Launch(
         kernel="intarsia.kernels.linear_i8.triton:_linear_i8",
-        arguments=("input", "weight", "scale", *(("bias",) if bias else ()), "output", tokens),
-        types=(pointer, "*i8", "*fp32", *((pointer,) if bias else ()), pointer, "i32"),
+        arguments=("input", "weight", "scale", *(("bias",) if biases else ()), "output", tokens),
+        types=(POINTERS[input.dtype], "*i8", "*fp32", *biases, POINTERS[input.dtype], "i32"),
         constants={
-            **({} if bias else {"b_ptr": None}),
+            **({} if biases else {"b_ptr": None}),
             "n_size": rows,
             "k_size": columns,
-            "block_m": block_m,
+            "block_m": tile_rows(tokens),
             "block_n": BLOCK_N,
             "block_k": 32 if input.dtype == "f32" else 64,
         },
-        grid=(cdiv(rows, BLOCK_N), cdiv(tokens, block_m), "1"),
+        grid=(cdiv(rows, BLOCK_N), cdiv(tokens, tile_rows(tokens)), "1"),
         warps=8,
         stages=3,
         results={"output": node.type},

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from intarsia.ir.graph import Graph, Node, Ref
-from intarsia.kernels.launch import Launch, cdiv, product
+from intarsia.kernels.launch import Launch, cdiv, product, tile_rows
 
 BLOCK_N = 128
 
@@ -17,7 +17,6 @@ def launch(node: Node, graph: Graph, architecture: str) -> Launch:
     """Tiles of 128 rows of the weight by up to 128 tokens, 128 bytes of each a step."""
     input, (rows, columns) = graph.type(node.ref("input")), graph.type(node.ref("weight")).shape
     tokens = product(input.shape[:-1])
-    block_m = 128 if not tokens.isdecimal() or int(tokens) > 64 else 64 if int(tokens) > 16 else 16
     bias = isinstance(node.args["bias"], Ref)
     assert isinstance(rows, int)
     assert isinstance(columns, int)
@@ -29,11 +28,11 @@ def launch(node: Node, graph: Graph, architecture: str) -> Launch:
             **({} if bias else {"b_ptr": None}),
             "n_size": rows,
             "k_size": columns,
-            "block_m": block_m,
+            "block_m": tile_rows(tokens),
             "block_n": BLOCK_N,
             "block_k": 64 if architecture.startswith("gfx") else 128,
         },
-        grid=(cdiv(rows, BLOCK_N), cdiv(tokens, block_m), "1"),
+        grid=(cdiv(rows, BLOCK_N), cdiv(tokens, tile_rows(tokens)), "1"),
         warps=8,
         stages=2 if architecture.startswith("gfx") else 3,
         results={"output": node.type},
