@@ -61,11 +61,11 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     *,
     is_causal: bool,
     scale: float | None,
-    mask: Tensor | None = None,
-    lengths: Tensor | None = None,
 ) -> Tensor:
     """Query (B, S, H, D), key (B, T, H, D), value (B, T, H, E), heads beside channels: (B, S, H, E).
 
@@ -83,11 +83,11 @@ def _(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     *,
     is_causal: bool,
     scale: float | None,
-    mask: Tensor | None = None,
-    lengths: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
@@ -122,7 +122,7 @@ def _rotary(input: Any, cos: Any, sin: Any, positions: Any, heads: int) -> Any:
 
 
 def _attention(
-    query: Any, key: Any, value: Any, *, is_causal: bool, scale: float | None, mask: Any = None, lengths: Any = None
+    query: Any, key: Any, value: Any, mask: Any = None, lengths: Any = None, *, is_causal: bool, scale: float | None
 ) -> Any:
     """Heads stay beside channels: ONNX Runtime reads them strided, which saves four transpositions."""
     from onnxscript import opset23 as op
