@@ -1,4 +1,4 @@
-"""Our weight-only linear layers on a GPU, against the reference on the same device."""
+"""Our linear layers on a GPU, against the reference on the same device."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ import torch
 from intarsia import kernels
 from intarsia.kernels.linear_i4 import reference as reference_i4
 from intarsia.kernels.linear_i8 import reference as reference_i8
+from intarsia.kernels.linear_i8i8 import reference as reference_i8i8
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,6 +56,27 @@ def test_four_bits_agree(tokens: int, rows: int, columns: int, dtype: torch.dtyp
     packed, scale = torch.ops.intarsia.quantize_groups(weight, group)
     found = torch.ops.intarsia.linear_i4(x, packed, scale, bias, group)
     assert_near(found, reference_i4.linear_i4(x, packed, scale, bias, group))
+
+
+def whole(low: int, high: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(shape))
+    return torch.randint(low, high, shape, generator=generator, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), SHAPES)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_integer_layers_agree_bit_for_bit(tokens: int, rows: int, columns: int, with_bias: bool) -> None:
+    kernels.register()
+    x = whole(-128, 128, tokens, columns, dtype=torch.int8)
+    weight = whole(-128, 128, rows, columns, dtype=torch.int8)
+    bias = whole(-(2**20), 2**20, rows, dtype=torch.int32) if with_bias else None
+    shift = whole(10, 20, rows, dtype=torch.int32)
+    large = (whole(-(2**31), 2**31, rows, dtype=torch.int32), shift + 28)
+    ties = (torch.ones_like(shift), shift - 4)
+    for dyadic in (large, ties):
+        found = torch.ops.intarsia.linear_i8i8(x, weight, bias, *dyadic)
+        assert torch.equal(found, reference_i8i8.linear_i8i8(x, weight, bias, *dyadic))
+        assert found.unique().numel() > min(16, rows)
 
 
 @pytest.mark.parametrize("quantize", [reference_i8.quantize_rows, lambda w: reference_i4.quantize_groups(w, 32)])
