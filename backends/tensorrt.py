@@ -8,10 +8,11 @@ engine.tensorrt.plan   or engine.tensorrt_rtx.plan
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
 
 SCRIPT = "build.py"
+REFUSED = Unsupported.exit_code
 TYPES = ("f32", "f16", "bf16", "f8e4m3", "i64", "i32", "i8", "u8", "b1")
 """Element types that TensorRT has."""
 
@@ -137,20 +139,15 @@ class TensorrtBackend(Backend):
                 "backend tensorrt needs NVIDIA's builder; pip install 'intarsia[tensorrt]', or use "
                 f"tensorrt(engine=False), which writes the typed ONNX and {SCRIPT}"
             )
-        settings = self._settings(program.graph, target)
         files, info = self._write_model(program, folder)
+        settings = json.dumps({**self._settings(program.graph, target), "engine": None}, indent=2, sort_keys=True)
+        (folder / script.SETTINGS).write_text(settings + "\n")
         shutil.copyfile(script.__file__, folder / SCRIPT)
-        facts = None
         if trt is not None:
-            with _told_of(program.graph), script.quiet():
-                info["layers"] = script.check_model(trt, folder / MODEL)
-                if self.engine:
-                    plan = script.build_plan(trt, folder / MODEL, settings)
-                    facts = script.write_plan(trt, folder, plan)
-                    files.append(facts["file"])
-        written = json.dumps({**settings, "engine": facts}, indent=2, sort_keys=True)
-        (folder / script.SETTINGS).write_text(written + "\n")
-        return Built((*files, SCRIPT, script.SETTINGS), {**info, "engine": facts})
+            _run(folder / SCRIPT, program.graph, *([] if self.engine else ["--check"]))
+        engine = json.loads((folder / script.SETTINGS).read_text())["engine"]
+        plan = [engine["file"]] if engine else []
+        return Built((*files, *plan, SCRIPT, script.SETTINGS), {**info, "engine": engine})
 
     def load(self, folder: Path, files: Sequence[str]) -> Engine:
         """The engine on this machine's GPU.
@@ -289,13 +286,17 @@ def _profile(graph: Graph, typical: Mapping[str, int]) -> dict[str, dict[str, li
     }
 
 
-@contextlib.contextmanager
-def _told_of(graph: Graph) -> Iterator[None]:
-    """Turn what NVIDIA's parser or builder refuses into Unsupported."""
-    try:
-        yield
-    except script.Refused as error:
-        raise Unsupported(f"TensorRT does not take {graph.name}:", error.reasons) from error
+def _run(path: Path, graph: Graph, *arguments: str) -> None:
+    """Run the bundle's own script, in a process of its own: on some models NVIDIA's builder crashes.
+
+    Raises:
+        Unsupported: The parser or the builder does not take the model.
+    """
+    done = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reasons = done.stderr.strip().splitlines() if done.returncode == REFUSED else []
+        crash = f"its builder ended with code {done.returncode}: a fault of its own; try tensorrt(engine=False)"
+        raise Unsupported(f"TensorRT does not take {graph.name}:", reasons or [crash])
 
 
 def _is_rtx_plan(plan: bytes) -> bool:

@@ -1,8 +1,8 @@
-"""Build the TensorRT engine from model.onnx and build.json in this folder: ``python build.py``.
+"""Build the TensorRT engine from model.onnx and build.json beside this file: ``python build.py [--check]``.
 
 Needs NVIDIA's package tensorrt (the engine is for the GPU of this machine) or tensorrt_rtx (for the architecture in
 build.json, with or without a GPU), and nothing else. Writes ``engine.PACKAGE.plan``, and the facts about it into
-build.json.
+build.json; with ``--check`` it only parses.
 """
 
 from __future__ import annotations
@@ -33,23 +33,28 @@ class Refused(Exception):
         self.reasons = tuple(reasons)
 
 
-def main() -> int:
-    """Build in the folder of this file; the exit code says how it went, as those of intarsia do."""
+def main(arguments: Sequence[str]) -> int:
+    """Build in the folder of this file, or only parse with ``--check``; exit codes are those of intarsia."""
     folder = Path(__file__).resolve().parent
     settings = json.loads((folder / SETTINGS).read_text())
     try:
         trt = library()
-        with quiet():
-            plan = build_plan(trt, folder / MODEL, settings)
+        with _quiet():
+            layers, plan = build_plan(trt, folder / MODEL, settings, parse_only="--check" in arguments)
     except ImportError as error:
         print(error, file=sys.stderr)
         return 6
     except Refused as error:
         print(error, file=sys.stderr)
         return 3
-    facts = write_plan(trt, folder, plan)
-    (folder / SETTINGS).write_text(json.dumps({**settings, "engine": facts}, indent=2, sort_keys=True) + "\n")
-    print(f"{folder / facts['file']}: {facts['bytes']:,} bytes, {facts['builder']}")
+    builder = f"{package(trt)} {trt.__version__}"
+    if plan:
+        file = f"engine.{package(trt)}.plan"
+        (folder / file).write_bytes(plan)
+        digest = hashlib.sha256(plan).hexdigest()
+        settings["engine"] = {"file": file, "builder": builder, "bytes": len(plan), "sha256": digest, "layers": layers}
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    print(f"{builder}: {layers} layers, {len(plan):,} bytes")
     return 0
 
 
@@ -76,20 +81,23 @@ def architectures(trt: Any) -> tuple[str, ...]:
     return tuple(f"sm_{name[2:]}" for name in sorted(names, key=lambda name: int(name[2:])))
 
 
-def build_plan(trt: Any, model: Path, settings: Mapping[str, Any]) -> bytes:
-    """The engine's bytes, the same for the same model and settings.
+def build_plan(trt: Any, model: Path, settings: Mapping[str, Any], *, parse_only: bool = False) -> tuple[int, bytes]:
+    """Number of layers that the parser makes of the model, and the engine, alike for the same model and settings.
 
     Args:
         model: ONNX, with an element type on everything and explicit quantization.
         settings: name; architecture; level, 0 to 5; tf32; version_compatible; timing_cache, a path or empty; profile,
             extents "min", "opt" and "max" of each input whose extents vary.
+        parse_only: Build no engine; gives none.
 
     Raises:
         Refused: The parser or the builder does not take the model.
     """
     log = _log(trt)
     builder = trt.Builder(log)
-    network = parse(trt, builder, log, model)
+    network = _parse(trt, builder, log, model)
+    if parse_only:
+        return network.num_layers, b""
     network.name = settings["name"]  # a counter otherwise, and a plan holds it
     config = builder.create_builder_config()
     config.builder_optimization_level = settings["level"]
@@ -108,12 +116,12 @@ def build_plan(trt: Any, model: Path, settings: Mapping[str, Any]) -> bytes:
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise Refused(_explained(trt, network, log.errors))
-    return bytes(plan)
+    return network.num_layers, bytes(plan)
 
 
-def parse(trt: Any, builder: Any, log: Any, model: Path) -> Any:
+def _parse(trt: Any, builder: Any, log: Any, model: Path) -> Any:
     """The strongly typed network; Refused with every error of NVIDIA's parser."""
-    strongly = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    strongly = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 knows no other kind
     network = builder.create_network(0 if strongly is None else 1 << int(strongly))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(model)):
@@ -121,26 +129,8 @@ def parse(trt: Any, builder: Any, log: Any, model: Path) -> Any:
     return network
 
 
-def check_model(trt: Any, model: Path) -> int:
-    """Number of layers that NVIDIA's parser makes of the model; Refused if it does not take it."""
-    log = _log(trt)
-    return int(parse(trt, trt.Builder(log), log, model).num_layers)
-
-
-def write_plan(trt: Any, folder: Path, plan: bytes) -> dict[str, Any]:
-    """Write the engine; its facts: file, builder, bytes and hash."""
-    file = f"engine.{package(trt)}.plan"
-    (folder / file).write_bytes(plan)
-    return {
-        "file": file,
-        "builder": f"{package(trt)} {trt.__version__}",
-        "bytes": len(plan),
-        "sha256": hashlib.sha256(plan).hexdigest(),
-    }
-
-
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Hold back what the library writes to the error stream past its log, which tells the same."""
     sys.stderr.flush()
     kept = os.dup(2)
@@ -216,4 +206,4 @@ def _short(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,6 @@ channel, in f32, and rounds half to even where ours rounds half up (docs/tensorr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from intarsia.backends.onnx_fusion import fuse
 from intarsia.backends.onnx_model import Dialect
 from intarsia.backends.onnx_operators import translations
 from intarsia.backends.onnx_weights import Tape, Weights, constant, product, value_of
+from intarsia.backends.tensorrt_attention import spell_out
 from intarsia.ir.graph import Arg, Graph, Node, Ref, Symbol, Value
 from intarsia.ir.rewrite import rewrite
 from intarsia.ir.types import TensorType
@@ -137,7 +137,7 @@ def _product(node: Node, graph: Graph) -> Sequence[Node]:
 
 
 def spellings() -> Mapping[Callable[..., Any], Callable[..., Any]]:
-    """How torch.onnx spells operators, those of integers and of attention as TensorRT fuses them."""
+    """How torch.onnx spells operators, those of integers as TensorRT fuses them."""
     ours = torch.ops.intarsia
     return {
         **translations(),
@@ -145,8 +145,6 @@ def spellings() -> Mapping[Callable[..., Any], Callable[..., Any]]:
         ours.dequantize_static.default: _dequantize,
         torch.ops.intarsia_tensorrt.conv2d_i8.default: _conv2d_i8,
         torch.ops.intarsia_tensorrt.cast_f8.default: _cast_f8,
-        torch.ops.intarsia_onnx.attention.default: _attention,
-        torch.ops.aten.scaled_dot_product_attention.default: _heads_first_attention,
     }
 
 
@@ -189,73 +187,22 @@ def _conv2d_i8(  # noqa: PLR0917
     return op.Conv(input, wide, bias, **window)
 
 
-def _attention(query: Any, key: Any, value: Any, is_causal: bool, scale: float | None) -> Any:
-    """Heads beside channels; whole in sixteen bits, in pieces in f32, for which TensorRT has no attention kernel."""
-    from onnxscript import opset23 as op
-
-    if not _is_f32(query):
-        return translations()[torch.ops.intarsia_onnx.attention.default](query, key, value, is_causal, scale)
-    query, key, value = (op.Transpose(tensor, perm=[0, 2, 1, 3]) for tensor in (query, key, value))
-    answer = _spelled_out(query, key, value, None, is_causal=is_causal, scale=scale)
-    return op.Transpose(answer, perm=[0, 2, 1, 3])
-
-
-def _heads_first_attention(  # noqa: PLR0917
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    from onnxscript import opset23 as op
-
-    if _is_f32(query) and len(query.shape) == 4 and not enable_gqa:
-        return _spelled_out(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
-    given = {} if scale is None else {"scale": scale}
-    answer, *_ = op.Attention(query, key, value, attn_mask, is_causal=int(is_causal), **given)
-    return answer
-
-
-def _spelled_out(query: Any, key: Any, value: Any, mask: Any, *, is_causal: bool, scale: float | None) -> Any:
-    """softmax(query (B, H, S, D) * scale @ key (B, H, T, D) transposed + mask) @ value."""
-    from onnxscript import opset23 as op
-
-    step = _number(scale if scale is not None else 1 / math.sqrt(query.shape[-1]), "FLOAT")
-    scores = op.MatMul(op.Mul(query, step), op.Transpose(key, perm=[0, 1, 3, 2]))
-    lowest = _number(-math.inf, "FLOAT")
-    if is_causal:
-        extents = op.Shape(scores, start=2, end=4)
-        mask = op.Cast(op.Trilu(op.Expand(_number(1, "INT32"), extents), upper=0), to=int(_dtype("BOOL")))
-    if mask is not None and mask.dtype == _dtype("FLOAT"):
-        scores = op.Add(scores, mask)
-    elif mask is not None:
-        scores = op.Where(mask, scores, lowest)
-    return op.MatMul(op.Softmax(scores, axis=-1), value)
-
-
-def _is_f32(value: Any) -> bool:
-    return bool(value.dtype == _dtype("FLOAT"))
-
-
-def _dtype(name: str) -> Any:
-    import onnx_ir as ir
-
-    return ir.DataType[name]
-
-
 def _number(number: float, dtype: str) -> Any:
     import numpy as np
     import onnx_ir as ir
     from onnxscript import opset23 as op
 
-    return op.Constant(value=ir.tensor(np.array(number, _dtype(dtype).numpy()), dtype=_dtype(dtype)))
+    kind = ir.DataType[dtype]
+    return op.Constant(value=ir.tensor(np.array(number, kind.numpy()), dtype=kind))
 
 
 class TransposedWeights(Weights):
     """Narrow weights as (C, R), dequantized to the activations' element type at once: what TensorRT fuses."""
+
+    def store(self) -> None:
+        """Rewrite every call of the private domain, and attention where TensorRT has it in pieces only."""
+        super().store()
+        spell_out(self.graph)
 
     def eight_bits(self, node: onnx_ir.Node, tape: Tape) -> onnx_ir.Value:
         """The weight int8 (C, R), a scale for each of its columns."""
