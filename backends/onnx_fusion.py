@@ -15,11 +15,11 @@ Measured on wan-mini's shape with ONNX Runtime 1.31, beside torch.onnx's export 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from intarsia.backends.onnx_operators import ATTENTION, POSITIONS, ROTARY
 from intarsia.ir.graph import Arg, Graph, Node, Ref, Value
 from intarsia.ir.rewrite import drop_unused, rewrite
+from intarsia.ir.rotation import Rotation
 from intarsia.ir.types import TensorType
 
 _DEFAULTS: dict[str, Arg] = {"dropout_p": 0.0, "enable_gqa": False}
@@ -69,8 +69,8 @@ class _Rotary:
 
     def rule(self, node: Node) -> Sequence[Node] | None:
         """What stands in place of ``node``, with the tables at their first use."""
-        match = _Rotation.ending_at(node, self.graph)
-        if match is None or not match.fits(node, self.graph):
+        match = Rotation.ending_at(node, self.graph)
+        if match is None or not _fits(match, node, self.graph):
             return None
         batch, length, heads, channels = node.type.shape
         assert isinstance(channels, int)
@@ -89,73 +89,14 @@ class _Rotary:
         return [*first, Node(ROTARY, args, node.outputs, node.source)]
 
 
-@dataclass(frozen=True)
-class _Rotation:
-    """Names of what a rotation reads."""
-
-    input: str
-    cos: str
-    sin: str
-
-    @classmethod
-    def ending_at(cls, node: Node, graph: Graph) -> _Rotation | None:
-        """The rotation whose result ``node`` flattens."""
-        halves = _stacked(node, graph)
-        difference = _products(halves[0], "aten.sub.Tensor", graph) if halves else None
-        added = _products(halves[1], "aten.add.Tensor", graph) if halves else None
-        if difference is None or added is None:
-            return None
-        (even, cos), (odd, sin) = difference
-        if set(added) != {(even, sin), (odd, cos)}:
-            return None
-        input = _paired(even, odd, graph)
-        return cls(input, cos, sin) if input else None
-
-    def fits(self, node: Node, graph: Graph) -> bool:
-        """Whether the shapes are those of ONNX's RotaryEmbedding: tables (1, S, 1, D/2), one element type."""
-        input, cos, sin, output = graph.type(self.input), graph.type(self.cos), graph.type(self.sin), node.type
-        if len(output.shape) != 4 or output.shape[:2] != input.shape[:2] or len(input.shape) not in (3, 4):
-            return False
-        heads, channels = output.shape[2:]
-        if not isinstance(heads, int) or not isinstance(channels, int):
-            return False
-        last = (heads, channels) if len(input.shape) == 4 else (heads * channels,)
-        table = TensorType(input.dtype, (1, output.shape[1], 1, channels // 2))
-        return input.shape[2:] == last and output.dtype == input.dtype and cos == sin == table
-
-
-def _stacked(node: Node, graph: Graph) -> tuple[str, str] | None:
-    """The two values that ``node`` flattens into neighbouring channels."""
-    stack = graph.producers.get(node.ref("self")) if node.op == "aten.flatten.using_ints" else None
-    if stack is None or stack.op != "aten.stack" or stack.args.get("dim") not in (4, -1) or len(stack.inputs) != 2:
-        return None
-    return stack.inputs[0], stack.inputs[1]
-
-
-def _paired(even: str, odd: str, graph: Graph) -> str | None:
-    """The value whose neighbouring channels ``even`` and ``odd`` are."""
-    unbind = graph.producers.get(even)
-    if unbind is None or unbind.op != "aten.unbind.int" or unbind.args.get("dim", 0) not in (4, -1):
-        return None
-    view = graph.producers.get(unbind.ref("self"))
-    if view is None or view.op != "aten.view" or [value.name for value in unbind.outputs] != [even, odd]:
-        return None
-    return view.ref("self")
-
-
-Factors = tuple[str, str]
-
-
-def _products(name: str, op: str, graph: Graph) -> tuple[Factors, Factors] | None:
-    """The factors, half and table, of both products that the call ``name`` of ``op`` adds or subtracts."""
-    node = graph.producers.get(name)
-    if node is None or node.op != op or node.args.get("alpha", 1) != 1 or len(node.inputs) != 2:
-        return None
-    first, second = (_factors(graph.producers.get(term)) for term in node.inputs)
-    return (first, second) if first and second else None
-
-
-def _factors(node: Node | None) -> Factors | None:
-    if node is None or node.op != "aten.mul.Tensor" or len(node.inputs) != 2:
-        return None
-    return node.inputs[0], node.inputs[1]
+def _fits(match: Rotation, node: Node, graph: Graph) -> bool:
+    """Whether the shapes are those of ONNX's RotaryEmbedding: tables (1, S, 1, D/2), one element type."""
+    input, cos, sin, output = graph.type(match.input), graph.type(match.cos), graph.type(match.sin), node.type
+    if len(output.shape) != 4 or output.shape[:2] != input.shape[:2] or len(input.shape) not in (3, 4):
+        return False
+    heads, channels = output.shape[2:]
+    if not isinstance(heads, int) or not isinstance(channels, int):
+        return False
+    last = (heads, channels) if len(input.shape) == 4 else (heads * channels,)
+    table = TensorType(input.dtype, (1, output.shape[1], 1, channels // 2))
+    return input.shape[2:] == last and output.dtype == input.dtype and cos == sin == table

@@ -22,6 +22,7 @@ PASSES: dict[str, str] = {
     "drop-noops": "intarsia.passes.drop_noops:DropNoops",
     "drop-unused": "intarsia.passes.drop_unused:DropUnused",
     "fold-sizes": "intarsia.passes.fold_sizes:FoldSizes",
+    "fuse-kernels": "intarsia.passes.fuse_kernels:FuseKernels",
     "merge-duplicates": "intarsia.passes.merge_duplicates:MergeDuplicates",
     "merge-rope": "intarsia.passes.merge_rope:MergeRope",
     "merge-views": "intarsia.passes.merge_views:MergeViews",
