@@ -115,7 +115,6 @@ Weights = Annotated[Path | None, typer.Option("--weights", help="Safetensors: a 
 Sizes = Annotated[list[str] | None, typer.Option("--size", help="A named size, such as batch=2; repeatable.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure anew, whatever the journal holds.")]
 FailOnNoGain = Annotated[bool, typer.Option("--fail-on-no-gain", help="Exit with code 5 if nothing was gained.")]
-PlanFile = Annotated[Path, typer.Option("--plan", help="A plan, as search writes it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Config = Annotated[
     Path | None,
@@ -277,7 +276,10 @@ def search(
 def explain(
     model: Model,
     *,
-    plan: PlanFile,
+    plan: Annotated[Path | None, typer.Option("--plan", help="A plan, as search writes it.")] = None,
+    passes: Annotated[
+        list[str] | None, typer.Option("--pass", help="Without a plan: a pass to ask what it offers; repeatable.")
+    ] = None,
     place: Annotated[str | None, typer.Option("--place", help="One place only, such as blocks.0.attn1.to_q.")] = None,
     target: AnyTarget = None,
     config: Config = None,
@@ -288,7 +290,7 @@ def explain(
     from intarsia.ir.plan import Plan
 
     with progress.shown():
-        explanation = flow.explain(model, Plan.load(plan), target=target)
+        explanation = flow.explain(model, Plan.load(plan) if plan else None, passes=passes or (), target=target)
     told = summaries.explained(explanation, place)
     if told is None:
         known = [row.place for row in explanation.rows]

@@ -117,9 +117,29 @@ def search(
     return result
 
 
-def explain(model: str | Path, plan: Plan, *, target: str | None = None, weights: Path | None = None) -> Explanation:
-    """For each place: what could be chosen, what was, what each option costs and loses, and why."""
-    graph = _resolve(model, weights, Silent()).program.graph
+def explain(
+    model: str | Path,
+    plan: Plan | None = None,
+    *,
+    passes: Sequence[str] = (),
+    target: str | None = None,
+    weights: Path | None = None,
+) -> Explanation:
+    """For each place: what could be chosen, what was, what each option costs and loses, and why.
+
+    Without a plan, what ``passes`` offer on ``target`` and what they refuse; the model is then traced without memory
+    for weights.
+
+    Raises:
+        UsageError: Neither a plan nor passes with a target, or both.
+    """
+    if (plan is None) == (not passes) or (plan is None and target is None):
+        raise UsageError("explain takes a plan (--plan), or passes and a machine (--pass and --target)")
+    if plan is None:
+        graph = subjects.resolve(model, meta=True, weights=weights).program.graph
+        plan = Plan(graph.fingerprint, str(target), (Phase(tuple(Step(text) for text in passes)),))
+    else:
+        graph = _resolve(model, weights, Silent()).program.graph
     return explain_plan(plan, graph, load_target(target or plan.target), subjects.smallest_sizes(graph))
 
 

@@ -10,7 +10,7 @@ from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
 from intarsia.ir.target import Target
 from intarsia.passes.base import Pass, check_chosen, find_pass
-from intarsia.search.places import Place, open_places, price, refused_places
+from intarsia.search.places import Place, open_places, price_places, refused_places
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,12 @@ def explain(plan: Plan, graph: Graph, target: Target, sizes: Mapping[str, int] |
     for number, (pass_, step) in enumerate(zip(passes, steps, strict=True)):
         check_chosen(pass_, {p.name: p.options for p in places if p.step == number}, step.chosen)
     known = noted(plan) if plan.target == target.name else {}
+    unknown = tuple(place for place in places if (place.step, place.name) not in known)
+    known |= _predicted(passes, graph, target, unknown, sizes or {})
     total = plan.notes.get("error")
     rows: list[Row] = []
     for place in places:
-        weighed = known.get((place.step, place.name)) or _predicted(passes, graph, target, place, sizes or {})
+        weighed = known[place.step, place.name]
         chosen = steps[place.step].chosen.get(place.name, place.options[0])
         reason = why(weighed, chosen, total if isinstance(total, float) else None)
         rows.append(Row(steps[place.step].run, place.name, chosen, weighed, reason))
@@ -93,13 +95,16 @@ def noted(plan: Plan) -> dict[tuple[int, str], tuple[Weighed, ...]]:
 
 
 def _predicted(
-    passes: tuple[Pass, ...], graph: Graph, target: Target, place: Place, sizes: Mapping[str, int]
-) -> tuple[Weighed, ...]:
-    prices = price(passes, graph, target, place, sizes)
-    return tuple(
-        Weighed(option, found.seconds - prices[0].seconds, found.bytes - prices[0].bytes, None)
-        for option, found in zip(place.options, prices, strict=True)
-    )
+    passes: tuple[Pass, ...], graph: Graph, target: Target, places: tuple[Place, ...], sizes: Mapping[str, int]
+) -> dict[tuple[int, str], tuple[Weighed, ...]]:
+    """What the options of places bring that no search has weighed, by pass and place."""
+    return {
+        (place.step, place.name): tuple(
+            Weighed(option, price.seconds - priced[0].seconds, price.bytes - priced[0].bytes, None)
+            for option, price in zip(place.options, priced, strict=True)
+        )
+        for place, priced in zip(places, price_places(passes, graph, target, places, sizes), strict=True)
+    }
 
 
 def why(options: tuple[Weighed, ...], chosen: str, total: float | None) -> str:
@@ -108,7 +113,8 @@ def why(options: tuple[Weighed, ...], chosen: str, total: float | None) -> str:
     smaller = min(_smaller(options, taken), key=lambda option: option.error or 0.0, default=None)
     first = "kept" if taken is options[0] else f"saves {_saving(taken, options[0])}{_share(taken.error, total)}"
     if smaller is None:
-        return f"{first}; nothing offered is smaller or faster"
+        others = ", ".join(option.option for option in options if option is not taken)
+        return f"{first}; nothing offered ({others}) is smaller or faster"
     return f"{first}; {smaller.option} would save {_saving(smaller, options[0])}{_share(smaller.error, total)}"
 
 

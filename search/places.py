@@ -104,12 +104,18 @@ def cost(predicted: Priced, baseline: Priced, *, minimize: str) -> float:
     return shares[minimize]
 
 
-def price(
-    passes: Sequence[Pass], graph: Graph, target: Target, place: Place, sizes: Mapping[str, int]
-) -> tuple[Price, ...]:
-    """What the whole graph is predicted to cost for each option at one place, all other places left as they are."""
-    prices: list[Price] = []
-    for option in place.options:
-        found = predict(run_passes(passes, graph, target, {place.step: {place.name: option}}), target, sizes)
-        prices.append(Price(found.seconds, found.bytes))
-    return tuple(prices)
+def price_places(
+    passes: Sequence[Pass], graph: Graph, target: Target, places: Sequence[Place], sizes: Mapping[str, int]
+) -> tuple[tuple[Price, ...], ...]:
+    """For each place, what the whole graph is predicted to cost by option, all other places left as they are."""
+
+    def price(answers: Answers) -> Price:
+        found = predict(run_passes(passes, graph, target, answers), target, sizes)
+        return Price(found.seconds, found.bytes)
+
+    if not places:
+        return ()
+    unchanged = price({})
+    return tuple(
+        (unchanged, *(price({place.step: {place.name: option}}) for option in place.options[1:])) for place in places
+    )

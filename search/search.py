@@ -14,7 +14,17 @@ from intarsia.ir.program import Program
 from intarsia.ir.target import Target
 from intarsia.passes.base import Pass
 from intarsia.search.journal import Journal
-from intarsia.search.places import Place, Price, Priced, answer, cost, open_places, price, refused_places, run_passes
+from intarsia.search.places import (
+    Place,
+    Price,
+    Priced,
+    answer,
+    cost,
+    open_places,
+    price_places,
+    refused_places,
+    run_passes,
+)
 from intarsia.search.progress import Progress, Silent
 from intarsia.search.quality import Goal, Quality
 from intarsia.search.roofline import Prediction, predict
@@ -237,7 +247,7 @@ class _Study:
     @cached_property
     def prices(self) -> tuple[tuple[Price, ...], ...]:
         """What the graph is predicted to cost with each option at each place alone."""
-        return tuple(price(self.passes, self.program.graph, self.target, place, self.sizes) for place in self.places)
+        return price_places(self.passes, self.program.graph, self.target, self.places, self.sizes)
 
     @cached_property
     def errors(self) -> tuple[tuple[float, ...], ...]:
