@@ -106,6 +106,37 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def require_gpu(name: str) -> None:
+    """Leave with one line and exit code 6 unless torch can use a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print(f"{name}: needs a CUDA device, and torch sees none", file=sys.stderr)
+        raise SystemExit(6)
+
+
+def launched(call: Callable[[], object], *, times: int) -> Callable[[], None]:
+    """So many calls that only start work on the GPU, one after another, and the wait for the last."""
+    import torch
+
+    def calls() -> None:
+        for _ in range(times):
+            call()
+        torch.cuda.synchronize()
+
+    return calls
+
+
+def peak_flops() -> float:
+    """FLOP/s of the largest bf16 matrix product that nothing but tensor cores limits: 8,192 cubed, by cuBLAS."""
+    import torch
+
+    one, other = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = launched(lambda: one @ other, times=20)
+    product()
+    return 20 * 2 * 8192**3 / median_seconds(product, rounds=9)
+
+
 @dataclass(frozen=True)
 class Alone:
     """What a function gave in a process of its own, how long it took, and the most memory that the process held."""

@@ -8,11 +8,9 @@ The layer is a projection of Wan2.1-14B, 5,120 x 5,120, bf16 activations. A figu
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable
 
 import torch
-from harness import Figures, main, paired
+from harness import Figures, launched, main, paired, require_gpu
 
 from intarsia import kernels
 from intarsia.ir.graph import Graph
@@ -35,8 +33,7 @@ MEANINGS = {
 
 def measure(quick: bool) -> Figures:
     """Ratios in turns, medians over 5 rounds (quick) or 15."""
-    if not torch.cuda.is_available():
-        sys.exit("weight_only_linear: needs a CUDA device, and torch sees none")
+    require_gpu("weight_only_linear")
     target = os.environ.get("INTARSIA_BENCH_TARGET") or ("h200" if "H200" in torch.cuda.get_device_name() else "h100")
     kernels.register()
     figures: dict[str, float] = {}
@@ -52,9 +49,9 @@ def _figures(tokens: int, target: str, *, rounds: int) -> dict[str, float]:
     weight = torch.randn(WIDTH, WIDTH, device="cuda", generator=generator).bfloat16()
     eight = torch.ops.intarsia.quantize_rows(weight)
     four = torch.ops.intarsia.quantize_groups(weight, 128)
-    dense = _repeated(lambda: torch.nn.functional.linear(x, weight))
-    i8 = paired(_repeated(lambda: torch.ops.intarsia.linear_i8(x, *eight, None)), dense, rounds=rounds)
-    i4 = paired(_repeated(lambda: torch.ops.intarsia.linear_i4(x, *four, None, 128)), dense, rounds=rounds)
+    dense = launched(lambda: torch.nn.functional.linear(x, weight), times=CALLS)
+    i8 = paired(launched(lambda: torch.ops.intarsia.linear_i8(x, *eight, None), times=CALLS), dense, rounds=rounds)
+    i4 = paired(launched(lambda: torch.ops.intarsia.linear_i4(x, *four, None, 128), times=CALLS), dense, rounds=rounds)
     seconds = i8.second / CALLS
     return {
         f"i8_over_dense_{tokens}": i8.ratio,
@@ -62,15 +59,6 @@ def _figures(tokens: int, target: str, *, rounds: int) -> dict[str, float]:
         f"dense_seconds_{tokens}": seconds,
         f"dense_predicted_over_measured_{tokens}": predict(_graph(tokens), load_target(target)).seconds / seconds,
     }
-
-
-def _repeated(call: Callable[[], object]) -> Callable[[], None]:
-    def calls() -> None:
-        for _ in range(CALLS):
-            call()
-        torch.cuda.synchronize()
-
-    return calls
 
 
 def _graph(tokens: int) -> Graph:
