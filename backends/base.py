@@ -21,6 +21,7 @@ BACKENDS: dict[str, str] = {
     "null": "intarsia.backends.null:NullBackend",
     "onnx": "intarsia.backends.onnx:OnnxBackend",
     "triton": "intarsia.backends.triton:TritonBackend",
+    "tvm": "intarsia.backends.tvm:TvmBackend",
 }
 """Backends that come with Intarsia, by name; others join by entry points of the group ``intarsia.backends``."""
 

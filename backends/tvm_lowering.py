@@ -191,8 +191,10 @@ class _Lowering:
         builder = importer.block_builder
         made = builder.emit(relax.op.multiply(value, _constant(scale.to(mean.dtype).reshape(shape))))
         made = _add(importer, made, _constant(shift.to(mean.dtype).reshape(shape)))
-        answer = self._with_channels_last(node, importer, made) if last else made
-        return (answer,) if _name(node).startswith("_native") else answer
+        several = _name(node).startswith("_native")
+        result = next((user for user in node.users if user.args[1] == 0), node) if several else node
+        answer = self._with_channels_last(result, importer, made) if last else made
+        return (answer,) if several else answer
 
     def _constant_of(self, node: torch.fx.Node | None) -> Tensor | None:
         return None if node is None else self.constants[node.name]

@@ -226,11 +226,12 @@ def _elementwise(schedule: Any) -> None:
 
 
 def _inline(schedule: Any, *, keep: Sequence[str]) -> None:
-    """Inline every stage that is no sum, is not the last, and whose name begins with none of ``keep``."""
-    *stages, _ = _blocks(schedule)
-    for block in stages:
+    """Inline every stage that is no sum, gives no result, and whose name begins with none of ``keep``."""
+    kept = {_name(schedule, block) for block in schedule.get_output_blocks("root")}
+    for block in _blocks(schedule):
         reduces = any(not _is_spatial(var) for var in schedule.get(block).iter_vars)
-        if not reduces and not _name(schedule, block).startswith(tuple(keep)):
+        name = _name(schedule, block)
+        if not reduces and name not in kept and not name.startswith(tuple(keep)):
             schedule.compute_inline(block)
 
 
@@ -244,20 +245,17 @@ def _vectors(schedule: Any, block: Any) -> None:
         return
     elements = prod(_extent(schedule, loop) for loop in loops)
     *outer, inner = spatial
-    if not reduced:
-        wide = _vector_of(schedule, inner)
-        outer = [loop for loop in schedule.get_loops(block) if loop.name != wide.name][:-1] if False else outer
-        schedule.vectorize(wide)
-    elif _reads_along(schedule.get(block), len(spatial)) and _extent(schedule, inner) % VECTOR == 0:
-        tile, wide = schedule.split(inner, [None, VECTOR])
-        schedule.reorder(*outer, tile, *reduced, wide)
-        schedule.vectorize(wide)
+    along = not reduced or _reads_along(schedule.get(block), len(spatial))
+    width = _width(_extent(schedule, inner)) if along else 1
+    tile, lane = schedule.split(inner, [None, width])
+    schedule.reorder(*outer, tile, *reduced, lane)
+    task = schedule.fuse(*outer, tile)
+    if elements >= SMALLEST_TASK:
+        schedule.parallel(task)
+    if width > 1:
+        schedule.vectorize(lane)
+    if reduced:
         schedule.decompose_reduction(block, reduced[0])
-        outer = [*outer, tile]
-    elif elements >= SMALLEST_TASK:
-        outer = spatial
-    if outer and elements >= SMALLEST_TASK:
-        schedule.parallel(schedule.fuse(*outer) if len(outer) > 1 else outer[0])
 
 
 def _reads_along(block: Any, spatial: int) -> bool:
@@ -274,9 +272,11 @@ def _spread(schedule: Any, block: Any, count: int) -> None:
 
 def _vector_of(schedule: Any, loop: Any) -> Any:
     """The innermost part of ``loop`` that fits a vector."""
-    extent = _extent(schedule, loop)
-    width = next(width for width in (2 * VECTOR, VECTOR, 4, 2, 1) if extent % width == 0)
-    return schedule.split(loop, [None, width])[1]
+    return schedule.split(loop, [None, _width(_extent(schedule, loop))])[1]
+
+
+def _width(extent: int) -> int:
+    return next(width for width in (2 * VECTOR, VECTOR, 4, 2, 1) if extent % width == 0)
 
 
 def _blocks(schedule: Any) -> list[Any]:

@@ -1,0 +1,155 @@
+"""The TVM backend: one shared library with kernels of our own schedules, and the weights in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from intarsia import kernels
+from intarsia.backends.base import Backend, Built, require_support
+from intarsia.backends.elf import check_library
+from intarsia.backends.tvm_engine import TvmEngine
+from intarsia.ir.errors import MissingEnvironment, QualityError, Unsupported
+from intarsia.ir.execute import to_module
+from intarsia.ir.graph import Graph, Node
+from intarsia.ir.operators import resolve
+from intarsia.ir.program import Program, meta_weights
+from intarsia.ir.sizes import names
+from intarsia.ir.target import Target
+from intarsia.ir.types import TensorType
+
+LIBRARY = "model.so"
+FACTS = "model.json"
+DTYPES = ("f32", "f64", "i64", "i32", "i16", "i8", "u8", "b1")
+"""Element types of values; narrower floats would be computed one element at a time."""
+
+ARCHITECTURES = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
+"""What LLVM is told of a CPU."""
+
+
+@dataclass(frozen=True)
+class TvmBackend(Backend):
+    """Writes ``model.so`` and ``model.json``, which says what goes in and out.
+
+    Attributes:
+        trials: Measurements for each kernel in search of a faster schedule; 0 takes the one that suits the shape.
+        database: Folder of schedules that were measured before; they are applied again, and what ``trials`` adds is
+            stored there.
+    """
+
+    name: ClassVar[str] = "tvm"
+    passes: ClassVar[tuple[str, ...]] = ("fuse-kernels(everywhere=True)",)
+    trials: int = 0
+    database: str = ""
+
+    def why_not_target(self, target: Target) -> str | None:
+        """None for x86-64 CPUs and NVIDIA GPUs."""
+        if target.kind == "cpu" and target.architecture in ARCHITECTURES:
+            return None
+        return (
+            f"it compiles for cpu with architecture {', '.join(ARCHITECTURES)}; "
+            f"{target.name} is {target.kind} with {target.architecture}"
+        )
+
+    def why_not(self, node: Node, graph: Graph, target: Target) -> str | None:
+        """None, or that an operator has no lowering, an element type no kernels, or a size no number."""
+        types = [graph.values[name].type for name in node.inputs] + [value.type for value in node.outputs]
+        for type_ in types:
+            if not isinstance(type_, TensorType):
+                return f"it computes with a number of type {type_}; fold sizes first, or use backend onnx"
+            if type_.dtype not in DTYPES:
+                return f"element type {type_.dtype} has no fast kernel on a CPU; use f32"
+            if free := sorted({name for dim in type_.shape if isinstance(dim, str) for name in names(dim)}):
+                return f"size {', '.join(free)} is not fixed, and kernels are tiled for one size; trace without --dynamic"
+        try:
+            call = resolve(node.op)
+        except Unsupported as error:
+            return str(error)
+        _require_tvm()
+        left = _not_lowered(node, tuple((name, graph.values[name].type) for name in dict.fromkeys(node.inputs)))
+        if not left or node.op in kernels.operators() and kernels.why_not(node, graph, target) is None and not left:
+            return None
+        del call
+        return f"TVM has no {' nor '.join(left)}; keep it out of the graph, or use backend onnx"
+
+    def build(self, program: Program, target: Target, folder: Path) -> Built:
+        """Compile and link the library; equal programs give equal bytes."""
+        require_support(self, program.graph, target)
+        _require_tvm()
+        import tvm
+
+        from intarsia.backends.tvm_library import compiled, find_compiler, link
+        from intarsia.backends.tvm_lowering import relax_module
+
+        find_compiler()
+        machine = tvm.target.Target({"kind": "llvm", "mcpu": target.architecture})
+        executable = compiled(relax_module(program), machine)
+        link(executable, folder / LIBRARY)
+        facts = {
+            "architecture": target.architecture,
+            "inputs": [[value.name, str(value.type)] for value in program.graph.inputs],
+        }
+        (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+        return Built((LIBRARY, FACTS), {"architecture": target.architecture, "tvm": tvm.__version__})
+
+    def load(self, folder: Path, files: Sequence[str]) -> TvmEngine:
+        """The library in this process, its machine code ready to run.
+
+        Raises:
+            MissingEnvironment: TVM is not installed, or this CPU lacks instructions that the library uses.
+            QualityError: The file is no library of ours.
+        """
+        _require_tvm()
+        self.check(folder, files)
+        return TvmEngine(folder / LIBRARY, _facts(folder))
+
+    def check(self, folder: Path, files: Sequence[str]) -> str:
+        """That the library is whole, for x86-64, and has TVM's entry points."""
+        facts = _facts(folder)
+        symbols = check_library(folder / LIBRARY)
+        kernels = sum(name.startswith("__tvm_ffi_") for name in symbols)
+        if not kernels:
+            raise QualityError(f"{folder / LIBRARY} holds no kernel of TVM's; build the engine again")
+        return f"ELF library for {facts['architecture']} with {kernels} entry points"
+
+
+def _facts(folder: Path) -> dict[str, object]:
+    path = folder / FACTS
+    try:
+        facts: dict[str, object] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise QualityError(f"{path} cannot be read: {error}; build the engine again") from error
+    return facts
+
+
+def _require_tvm() -> None:
+    try:
+        import tvm  # noqa: F401
+    except ImportError as error:
+        raise MissingEnvironment("backend tvm needs TVM; pip install 'intarsia[tvm]'") from error
+
+
+@lru_cache(maxsize=4096)
+def _not_lowered(node: Node, inputs: tuple[tuple[str, TensorType], ...]) -> tuple[str, ...]:
+    """Operators that are left of ``node`` once it is decomposed and that nothing lowers."""
+    from intarsia.backends.tvm_lowering import decompositions, is_lowered
+
+    call = resolve(node.op)
+    if is_lowered(call):
+        return ()
+    from intarsia.ir.graph import Value
+
+    values = tuple(Value(name, type_) for name, type_ in inputs)
+    graph = Graph("one", values, (), (node,), tuple(value.name for value in node.outputs))
+    module = to_module(graph, meta_weights(()))
+    from intarsia.ir.program import example_inputs
+
+    exported = torch.export.export(module, example_inputs(graph), strict=False).run_decompositions(decompositions())
+    calls = [one.target for one in exported.graph.nodes if one.op == "call_function"]
+    return tuple(sorted({str(one) for one in calls if not is_lowered(one)}))

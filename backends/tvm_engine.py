@@ -1,0 +1,64 @@
+"""A library of TVM's, loaded and run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intarsia.backends.base import Engine
+from intarsia.ir.errors import MissingEnvironment, QualityError, UsageError
+from intarsia.ir.operators import DTYPE_NAMES
+from intarsia.ir.types import TensorType
+
+NEEDED = {"x86-64-v2": ("sse4_2",), "x86-64-v3": ("avx2", "fma"), "x86-64-v4": ("avx512f", "avx512bw", "avx512vl")}
+"""What the kernel calls the instructions that an architecture has, some of them standing for all."""
+
+
+class TvmEngine(Engine):
+    """TVM's virtual machine with a library of ours, on the CPU."""
+
+    def __init__(self, path: Path, facts: Mapping[str, Any], *, threads: int | None = None) -> None:
+        import tvm
+        from tvm import relax
+
+        _require_instructions(str(facts["architecture"]))
+        self._inputs = [(str(name), str(type_)) for name, type_ in facts["inputs"]]
+        self._tensor = tvm.runtime.tensor
+        self._version = tvm.__version__
+        if threads is not None:
+            tvm.get_global_func("runtime.config_threadpool")(1, threads)
+        self._threads = int(tvm.get_global_func("runtime.NumThreads")())
+        try:
+            library = tvm.runtime.load_module(str(path))
+            self._main = relax.VirtualMachine(library, tvm.cpu())["main"]
+        except (RuntimeError, AttributeError, ValueError) as error:
+            raise QualityError(f"{path} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the library answers; UsageError for inputs of another number, type or shape."""
+        found = [str(TensorType(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))) for tensor in inputs]
+        if found != [type_ for _, type_ in self._inputs]:
+            takes = ", ".join(f"{name}: {type_}" for name, type_ in self._inputs)
+            raise UsageError(f"the engine takes {takes}; found {', '.join(found) or 'nothing'}")
+        answers = self._main(*(self._tensor(tensor.detach().contiguous().numpy()) for tensor in inputs))
+        return tuple(torch.from_numpy(answer.numpy()) for answer in answers)
+
+    @property
+    def device(self) -> str:
+        """Threads and TVM's version."""
+        return f"CPU, {self._threads} threads, TVM {self._version}"
+
+
+def _require_instructions(architecture: str) -> None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return
+    flags = next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), None)
+    missing = [] if flags is None else [flag for flag in NEEDED.get(architecture, ()) if flag not in flags]
+    if missing:
+        raise MissingEnvironment(f"the engine is for {architecture}; this CPU has no {', '.join(missing)}")
