@@ -199,7 +199,9 @@ def export(
         predicted=_predicted(subject, program.graph, machine),
         command=command,
         config=config or {},
-        evidence=lambda chosen: evidence(subject, chosen, goal=goal, effort=effort, seed=seed, progress=progress),
+        evidence=lambda chosen: evidence(
+            subject, chosen, changed=plan is not None, goal=goal, effort=effort, seed=seed, progress=progress
+        ),
         progress=lambda stage: progress.start(stage, None),
     )
     progress.finish()
