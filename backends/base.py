@@ -20,6 +20,7 @@ from intarsia.ir.target import Target
 BACKENDS: dict[str, str] = {
     "null": "intarsia.backends.null:NullBackend",
     "onnx": "intarsia.backends.onnx:OnnxBackend",
+    "tensorrt": "intarsia.backends.tensorrt:TensorrtBackend",
     "triton": "intarsia.backends.triton:TritonBackend",
     "tvm": "intarsia.backends.tvm:TvmBackend",
 }

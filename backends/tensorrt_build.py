@@ -8,6 +8,7 @@ build.json; with ``--check`` it only parses.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib
 import json
@@ -34,13 +35,18 @@ class Refused(Exception):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Build in the folder of this file, or only parse with ``--check``; exit codes are those of intarsia."""
-    folder = Path(__file__).resolve().parent
+    """Build beside this file, or only parse with ``--check``; exit codes are those of intarsia.
+
+    ``--timing-cache FILE`` keeps what the builder timed, so that another build takes the same tactics in less time.
+    """
+    _fix_addresses()
+    folder = Path(__file__).parent
     settings = json.loads((folder / SETTINGS).read_text())
+    cache = Path(arguments[arguments.index("--timing-cache") + 1]) if "--timing-cache" in arguments else None
     try:
         trt = library()
         with _quiet():
-            layers, plan = build_plan(trt, folder / MODEL, settings, parse_only="--check" in arguments)
+            layers, plan = build_plan(trt, folder / MODEL, settings, parse_only="--check" in arguments, cache=cache)
     except ImportError as error:
         print(error, file=sys.stderr)
         return 6
@@ -81,14 +87,17 @@ def architectures(trt: Any) -> tuple[str, ...]:
     return tuple(f"sm_{name[2:]}" for name in sorted(names, key=lambda name: int(name[2:])))
 
 
-def build_plan(trt: Any, model: Path, settings: Mapping[str, Any], *, parse_only: bool = False) -> tuple[int, bytes]:
-    """Number of layers that the parser makes of the model, and the engine, alike for the same model and settings.
+def build_plan(
+    trt: Any, model: Path, settings: Mapping[str, Any], *, parse_only: bool = False, cache: Path | None = None
+) -> tuple[int, bytes]:
+    """Number of layers that the parser makes of the model, and the engine.
 
     Args:
         model: ONNX, with an element type on everything and explicit quantization.
-        settings: name; architecture; level, 0 to 5; tf32; version_compatible; timing_cache, a path or empty; profile,
-            extents "min", "opt" and "max" of each input whose extents vary.
+        settings: name; architecture; level, 0 to 5; tf32; version_compatible; profile, extents "min", "opt" and "max"
+            of each input whose extents vary.
         parse_only: Build no engine; gives none.
+        cache: A file of timings, made if it is not there.
 
     Raises:
         Refused: The parser or the builder does not take the model.
@@ -112,7 +121,7 @@ def build_plan(trt: Any, model: Path, settings: Mapping[str, Any], *, parse_only
         for name, extents in settings["profile"].items():
             profile.set_shape(name, extents["min"], extents["opt"], extents["max"])
         config.add_optimization_profile(profile)
-    with _timing_cache(config, settings["timing_cache"]):
+    with _timing_cache(config, cache):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise Refused(_explained(trt, network, log.errors))
@@ -127,6 +136,21 @@ def _parse(trt: Any, builder: Any, log: Any, model: Path) -> Any:
     if not parser.parse_from_file(str(model)):
         raise Refused([_located(parser.get_error(index)) for index in range(parser.num_errors)])
     return network
+
+
+def _fix_addresses() -> None:
+    """Start this process again without randomized addresses, where the system allows it.
+
+    TensorRT-RTX 1.7 numbers kernels in the order of addresses: with random ones a few bytes of a plan differ.
+    """
+    current, fixed, unknown = 0xFFFFFFFF, 0x0040000, -1  # ADDR_NO_RANDOMIZE of sys/personality.h
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    found = libc.personality(current)
+    if found == unknown or found & fixed or libc.personality(found | fixed) == unknown:
+        return
+    os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 @contextlib.contextmanager
@@ -166,12 +190,11 @@ def _set(config: Any, flag: Any, wanted: bool) -> None:
 
 
 @contextlib.contextmanager
-def _timing_cache(config: Any, path: str) -> Iterator[None]:
+def _timing_cache(config: Any, file: Path | None) -> Iterator[None]:
     """Timings of tactics kept in a file, so that a second build takes the same ones and less time."""
-    if not path:
+    if file is None:
         yield
         return
-    file = Path(path)
     cache = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
     config.set_timing_cache(cache, False)
     yield
