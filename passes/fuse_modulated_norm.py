@@ -54,7 +54,7 @@ def modulated_norm(node: Node, graph: Graph) -> Candidate | None:
     if found is None:
         return None
     place, input = _ends(node, found.norm, graph)
-    scale = _scale(found.factor, node.name, graph)
+    scale = _scale(found.factor, place.name if place else node.name, graph)
     reason = _why_not(found, graph)
     if reason or place is None or scale is None:
         given = graph.type(found.norm.input).dtype
