@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
-_CONSTANTS = {"intarsia.linear_i8": ("weight", "scale"), "intarsia.linear_i4": ("packed", "scale")}
+_CONSTANTS = {
+    "intarsia.linear_i8": ("weight", "scale"),
+    "intarsia.linear_i4": ("packed", "scale"),
+    "intarsia.linear_i8i8": ("weight", "multiplier", "shift"),
+    "intarsia.conv2d_i8i8": ("weight", "multiplier", "shift"),
+    "intarsia.requantize": ("multiplier", "shift"),
+}
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ def _line(error: Exception) -> str:
 def _is_translated(call: Callable[..., Any]) -> bool:
     """Whether torch.onnx has a translation for the operator, or PyTorch a decomposition into others."""
     registry, decompositions = _torch_onnx()
-    if registry.is_registered(call) or call in decompositions:
+    if registry.is_registered(call) or call in decompositions or call in kernels.decompositions():
         return True
     return isinstance(call, torch._ops.OpOverload) and call._can_decompose()
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from intarsia.backends.onnx_fusion import fuse
+from intarsia.backends.onnx_integers import IntegerWeights
+from intarsia.backends.onnx_lowering import decomposed, lower
 from intarsia.backends.onnx_operators import OPSET, translations
 from intarsia.backends.onnx_repairs import widen_selections
 from intarsia.backends.onnx_weights import Weights
@@ -43,7 +45,7 @@ class Dialect:
 
     fuse: Callable[[Graph], Graph] = fuse
     translations: Callable[[], Mapping[Callable[..., Any], Callable[..., Any]]] = translations
-    weights: type[Weights] = Weights
+    weights: type[Weights] = IntegerWeights
 
 
 def onnx_model(program: Program, dialect: Dialect | None = None) -> onnx_ir.Model:
@@ -55,10 +57,10 @@ def onnx_model(program: Program, dialect: Dialect | None = None) -> onnx_ir.Mode
     import onnx_ir.passes.common as passes
 
     dialect = dialect or Dialect()
-    fused = materialize(Program(dialect.fuse(program.graph), program.weights))
+    fused = materialize(Program(dialect.fuse(lower(program.graph)), program.weights))
     exported = export_program(fused)
     _name_calls(exported, fused.graph)
-    model = _translate(exported, fused.graph, dialect)
+    model = _translate(decomposed(exported, dialect.translations()), fused.graph, dialect)
     dialect.weights(model.graph, fused.graph).store()
     widen_selections(model.graph)
     _name_values(model, fused.graph)

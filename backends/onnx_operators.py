@@ -25,8 +25,10 @@ DOMAIN = "intarsia"
 OPSET = 23
 """The first with Attention, RMSNormalization and RotaryEmbedding; ONNX Runtime 1.31 runs up to 26."""
 
-_INT64 = 7
-"""``onnx.TensorProto.INT64``."""
+_FLOAT, _INT8, _INT64 = 1, 3, 7
+"""Numbers of element types in ``onnx.TensorProto``."""
+
+_INTEGER_LAYER = ("input", "weight", "multiplier", "shift", "bias")
 
 
 @torch.library.custom_op("intarsia_onnx::positions", mutates_args=())
@@ -103,6 +105,12 @@ def translations() -> Mapping[Callable[..., Any], Callable[..., Any]]:
         torch.ops.aten.linear.default: _linear,
         torch.ops.intarsia.linear_i8.default: _linear_i8,
         torch.ops.intarsia.linear_i4.default: _linear_i4,
+        torch.ops.intarsia.linear_i8i8.default: _linear_i8i8,
+        torch.ops.intarsia.conv2d_i8i8.default: _conv2d_i8i8,
+        torch.ops.intarsia.requantize.default: _requantize,
+        torch.ops.intarsia.quantize_static.default: _quantize_static,
+        torch.ops.intarsia.dequantize_static.default: _dequantize_static,
+        torch.ops.intarsia.unpack_i4.default: _unpack_i4,
     }
 
 
@@ -203,14 +211,71 @@ def _linear_i4(input: Any, packed: Any, scale: Any, bias: Any = None, group: int
     return _private("linear_i4", ("input", "packed", "scale", "bias"), "group")(input, packed, scale, bias, group=group)
 
 
+def _linear_i8i8(input: Any, weight: Any, bias: Any, multiplier: Any, shift: Any) -> Any:
+    return _private("linear_i8i8", _INTEGER_LAYER)(input, weight, multiplier, shift, bias)
+
+
+def _conv2d_i8i8(  # noqa: PLR0917
+    input: Any,
+    weight: Any,
+    bias: Any,
+    multiplier: Any,
+    shift: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Any:
+    call = _private("conv2d_i8i8", _INTEGER_LAYER, "stride[]", "padding[]", "dilation[]", "groups")
+    window = {"stride": list(stride), "padding": list(padding), "dilation": list(dilation)}
+    return call(input, weight, multiplier, shift, bias, **window, groups=groups)
+
+
+def _requantize(input: Any, multiplier: Any, shift: Any, axis: int) -> Any:
+    return _private("requantize", ("input", "multiplier", "shift"), "axis")(input, multiplier, shift, axis=axis)
+
+
+def _quantize_static(input: Any, scale: float) -> Any:
+    """In pieces: between DequantizeLinear and QuantizeLinear ONNX Runtime puts kernels that round otherwise."""
+    from onnxscript import opset23 as op
+
+    steps = op.Div(op.Cast(input, to=_FLOAT), op.Constant(value_float=scale))
+    return op.Cast(op.Clip(op.Round(steps), -128.0, 127.0), to=_INT8)
+
+
+def _dequantize_static(input: Any, scale: float, dtype: int) -> Any:
+    from onnxscript import opset23 as op
+
+    real = op.Mul(op.Cast(input, to=_FLOAT), op.Constant(value_float=scale))
+    return real if dtype == _FLOAT else op.Cast(real, to=dtype)
+
+
+def _unpack_i4(packed: Any) -> Any:
+    """Two's complement of four bits is (code xor 8) - 8."""
+    from onnxscript import opset23 as op
+
+    halves = op.BitwiseAnd(packed, _bytes(15)), op.BitShift(packed, _bytes(4), direction="RIGHT")
+    codes = op.Reshape(op.Concat(*(op.Unsqueeze(half, [-1]) for half in halves), axis=-1), [0, -1])
+    return op.Sub(op.Cast(op.BitwiseXor(codes, _bytes(8)), to=_INT8), op.Cast(op.Constant(value_int=8), to=_INT8))
+
+
+def _bytes(number: int) -> Any:
+    import numpy as np
+    import onnx_ir as ir
+    from onnxscript import opset23 as op
+
+    return op.Constant(value=ir.tensor(np.array(number, np.uint8)))
+
+
 @lru_cache
 def _private(name: str, inputs: Sequence[str], *attributes: str) -> Callable[..., Any]:
-    """A call in the private domain: the last input optional, the output typed like the first."""
+    """A call in the private domain: the last input optional, the output typed like the first; ``[]`` ends a list."""
     from onnx.defs import OpSchema
     from onnxscript.values import Op, Opset
 
     optional = OpSchema.FormalParameterOption.Optional
-    types = [f"tensor({dtype})" for dtype in ("float", "float16", "bfloat16", "double", "int8", "uint8")]
+    kinds = {key.removesuffix("[]"): "INTS" if key.endswith("[]") else "INT" for key in attributes}
+    types = [f"tensor({dtype})" for dtype in ("float", "float16", "bfloat16", "double", "int8", "uint8", "int32")]
     schema = OpSchema(
         name,
         DOMAIN,
@@ -221,7 +286,7 @@ def _private(name: str, inputs: Sequence[str], *attributes: str) -> Callable[...
         ],
         outputs=[OpSchema.FormalParameter("output", "T0")],
         type_constraints=[(f"T{index}", types, "") for index in range(len(inputs))],
-        attributes=[OpSchema.Attribute(key, OpSchema.AttrType.INT, "", required=True) for key in attributes],
+        attributes=[OpSchema.Attribute(key, OpSchema.AttrType[kind], "", required=True) for key, kind in kinds.items()],
     )
     call: Callable[..., Any] = Op(Opset(DOMAIN, 1), name, schema)
     return call
