@@ -73,7 +73,7 @@ class TritonBackend(Backend):
         version = _triton_version()
         (folder / GRAPH).write_text(str(program.graph))
         save_weights(program.weights, folder / WEIGHTS)
-        manual = _manual(program.graph, self._architectures(target), folder, version)
+        manual = compile_calls(program.graph, self._architectures(target), folder, triton=version)
         (folder / ENGINE).write_text(manual.to_json())
         written = [name for kernel in manual.compiled.values() for name in (kernel.file, kernel.text)]
         return Built((ENGINE, GRAPH, WEIGHTS, *written), _facts(manual, program.graph))
@@ -123,8 +123,8 @@ def fitting(device: str, architectures: Sequence[str]) -> str:
     )
 
 
-def _manual(graph: Graph, architectures: Sequence[str], folder: Path, version: str) -> Manual:
-    """Compile what the graph's calls launch into ``folder``, and say how it is launched."""
+def compile_calls(graph: Graph, architectures: Sequence[str], folder: Path, *, triton: str) -> Manual:
+    """Compile what the graph's calls launch into ``folder``, and say how it is launched; ``triton`` is the version."""
     (folder / "kernels").mkdir()
     calls: dict[str, dict[str, str]] = {}
     launches: dict[str, Launch] = {}
@@ -142,7 +142,7 @@ def _manual(graph: Graph, architectures: Sequence[str], folder: Path, version: s
             used[f"{name}.{architecture}"] = kernel
             if kernel not in compiled:
                 compiled[kernel] = _written(compile_launch(launch, architecture), kernel, folder)
-    return Manual(version, calls, launches, used, compiled)
+    return Manual(triton, calls, launches, used, compiled)
 
 
 def _written(made: Compiled, name: str, folder: Path) -> Kernel:

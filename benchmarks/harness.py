@@ -12,14 +12,25 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("intarsia", "torch", "onnx", "onnxruntime", "onnxscript", "diffusers", "triton", "apache-tvm")
+PACKAGES = (
+    "intarsia",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "diffusers",
+    "transformers",
+    "triton",
+    "apache-tvm",
+    "tensorrt_rtx",
+)
 
 Figures = Mapping[str, float]
 """What was measured, by key; the key's ending is its unit, a key without one is a count or a ratio."""
@@ -83,15 +94,29 @@ class Pair:
 
 def paired(first: Callable[[], object], second: Callable[[], object], *, rounds: int, warmup: int = 3) -> Pair:
     """Time A B A B ..., so that whatever slows the machine slows both; the ratio is taken round by round."""
-    for _ in range(warmup):
-        first()
-        second()
-    seconds = [(_seconds(first), _seconds(second)) for _ in range(rounds)]
+    seconds = in_turns({"first": first, "second": second}, rounds=rounds, warmup=warmup)
     return Pair(
-        statistics.median(a / b for a, b in seconds),
-        statistics.median(a for a, _ in seconds),
-        statistics.median(b for _, b in seconds),
+        ratio(seconds, "first", "second"), statistics.median(seconds["first"]), statistics.median(seconds["second"])
     )
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3
+) -> Mapping[str, Sequence[float]]:
+    """Seconds of each call, round by round: A B C A B C ..., so that whatever slows the machine slows all."""
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(_seconds(call))
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], first: str, second: str) -> float:
+    """Seconds of the first over seconds of the second, the median over the rounds of ``in_turns``."""
+    return statistics.median(a / b for a, b in zip(seconds[first], seconds[second], strict=True))
 
 
 def median_seconds(call: Callable[[], object], *, rounds: int) -> float:
