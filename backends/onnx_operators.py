@@ -187,7 +187,7 @@ def _for_every_query(mask: Any, queries: Any) -> Any:
     """A mask that is one row for all ``queries`` (1), repeated for each: ONNX Runtime 1.31 does not broadcast it."""
     from onnxscript import opset23 as op
 
-    if mask is None or mask.shape[-2] != 1:
+    if mask is None or (mask.shape is not None and mask.shape[-2] != 1):
         return mask
     return op.Expand(mask, op.Concat(queries, op.Shape(mask, start=-1), axis=0))
 
