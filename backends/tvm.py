@@ -29,7 +29,7 @@ FACTS = "model.json"
 DTYPES = ("f32", "f64", "i64", "i32", "i16", "i8", "u8", "b1")
 """Element types of values; narrower floats would be computed one element at a time."""
 
-ARCHITECTURES = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
+ARCHITECTURES = ("x86-64-v3", "x86-64-v4")
 """What LLVM is told of a CPU."""
 
 

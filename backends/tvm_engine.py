@@ -14,7 +14,7 @@ from intarsia.ir.errors import MissingEnvironment, QualityError, UsageError
 from intarsia.ir.operators import DTYPE_NAMES
 from intarsia.ir.types import TensorType
 
-NEEDED = {"x86-64-v2": ("sse4_2",), "x86-64-v3": ("avx2", "fma"), "x86-64-v4": ("avx512f", "avx512bw", "avx512vl")}
+NEEDED = {"x86-64-v3": ("avx2", "fma"), "x86-64-v4": ("avx512f", "avx512bw", "avx512vl")}
 """What the kernel calls the instructions that an architecture has, some of them standing for all."""
 
 

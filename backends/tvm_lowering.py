@@ -318,8 +318,21 @@ class _Lowering:
         values = {key: importer.env[arg] if isinstance(arg, torch.fx.Node) else arg for key, arg in given.items()}
         known = {key: self.constants.get(arg.name) for key, arg in given.items() if isinstance(arg, torch.fx.Node)}
         function, tensors = of(values, known)
-        tensors = [_constant(one) if isinstance(one, Tensor) else one for one in tensors]
-        return _emit(importer, function, *tensors)
+        return _emit(importer, function, *(_constant(one) if isinstance(one, Tensor) else one for one in tensors))
+
+    def integer_convolution(self, node: torch.fx.Node, importer: Any, *, of: Callable[..., Any]) -> Any:
+        """An integer convolution, channels last."""
+        input = _arguments(node)["input"]
+        before, importer.env[input] = importer.env[input], self._last(input, importer)
+        made = self.integer(node, importer, of=of)
+        importer.env[input] = before
+        return self._with_channels_last(node, importer, made)
+
+    def weight_only(self, node: torch.fx.Node, importer: Any, *, of: Callable[..., Any]) -> Any:
+        """A linear layer whose weight is stored in few bits."""
+        bias = _arguments(node)["bias"]
+        made = self.integer(node, importer, of=of)
+        return made if bias is None else _add(importer, made, importer.env[bias])
 
 
 def _emit(importer: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -412,5 +425,8 @@ _OWN: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gated_residual.default": ("gated_residual", {}),
     "norm_rope.default": ("norm_rope", {}),
     **{f"{name}.default": ("integer", {"of": of}) for name, of in tvm_integers.OPERATORS.items()},
+    "conv2d_i8i8.default": ("integer_convolution", {"of": tvm_integers.OPERATORS["conv2d_i8i8"]}),
+    "linear_i8.default": ("weight_only", {"of": tvm_integers.OPERATORS["linear_i8"]}),
+    "linear_i4.default": ("weight_only", {"of": tvm_integers.OPERATORS["linear_i4"]}),
 }
 """What this module lowers itself, by the operator's name: which method, and what it is given beside the node."""

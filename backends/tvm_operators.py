@@ -16,6 +16,12 @@ from torch import Tensor
 VECTOR = 8
 """Lanes of f32 in an AVX2 register; two registers side by side are the width of a tile."""
 
+ROW_TILES = (6, 5, 4)
+"""Rows that a register tile may have, the fastest first."""
+
+TILE_OVERHEAD = 1.0
+"""What a tile costs beside its rows, in rows: loading vectors of weights for few rows, and starting over."""
+
 LOWEST = -3.0e38
 """Stands for minus infinity where an exponential follows."""
 
@@ -23,6 +29,12 @@ LOWEST = -3.0e38
 def lanes(extent: int) -> int:
     """How many neighbouring channels a tile takes: two registers, or one where the extent is no multiple of two."""
     return 2 * VECTOR if extent % (2 * VECTOR) == 0 else VECTOR
+
+
+def row_cost(rows: int, tile: int) -> float:
+    """What one of ``rows`` costs that are cut into tiles, in rows of one endless tile."""
+    full, rest = divmod(rows, tile)
+    return (full * (tile + TILE_OVERHEAD) + (rest + TILE_OVERHEAD if rest else 0)) / rows
 
 
 def pack_rows(weight: Tensor) -> Tensor:

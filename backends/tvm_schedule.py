@@ -7,16 +7,13 @@ the operands. Measured on one core of an AMD EPYC 7003: 92 to 100 GFLOP/s, as fa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from intarsia.backends.tvm_operators import VECTOR, lanes
-
-TILE_OVERHEAD = 1.0
-"""What a tile costs beside its rows, in rows: loading a vector of columns for few rows, and starting over."""
-
-ROW_TILES = (6, 5, 4)
-"""Rows that a register tile may have, the fastest first."""
+from intarsia.backends.tvm_instructions import MADD, register
+from intarsia.backends.tvm_integers import LANES
+from intarsia.backends.tvm_operators import ROW_TILES, VECTOR, lanes, row_cost
 
 CACHED = 24 * 1024
 """Bytes of input rows over which one task passes with the same columns, so that those stay in the first cache."""
@@ -52,17 +49,53 @@ def stages(function: Any) -> tuple[str, ...]:
 
 
 def _product(schedule: Any) -> None:
-    """Tiles of the product in registers; what follows is applied to a tile before it is stored."""
-    _inline(schedule, keep=("product", "padded"))
+    """Tiles of a product in registers, a vector of columns at a time."""
+    _prepare(schedule, "product")
+    parts = _tiles(schedule, "product", bytes_per_input=4)
+    schedule.vectorize(parts.columns)
+    schedule.decompose_reduction(parts.block, parts.reduced[0])
+
+
+def _integer_product(schedule: Any) -> None:
+    """Tiles of an integer product in registers, pairs of inputs by one instruction."""
+    register()
+    _prepare(schedule, "product_i8")
+    parts = _tiles(schedule, "product_i8", bytes_per_input=2)
+    vector, lane = schedule.split(parts.columns, [None, LANES])
+    pairs, pair = schedule.split(parts.reduced[-1], [None, 2])
+    schedule.reorder(pairs, parts.rows, vector, lane, pair)
+    schedule.unroll(vector)
+    first = schedule.decompose_reduction(parts.block, [*parts.reduced[:-1], pairs][0])
+    schedule.vectorize(schedule.get_loops(first)[-1])
+    schedule.tensorize(lane, MADD)
+
+
+def _prepare(schedule: Any, name: str) -> None:
+    """Inline what can be, and give a form of its inputs that the product ``name`` reads whole a stage before it."""
+    _inline(schedule, keep=(name, "padded", "unpacked"))
     for block in _blocks(schedule):
-        if _name(schedule, block) == "padded":
+        if _name(schedule, block) in ("padded", "unpacked"):
             _vectors(schedule, block)
-    anchor, last = schedule.get_sblock("product"), _blocks(schedule)[-1]
-    if _name(schedule, last) == "product":
-        anchor, last = _with_store(schedule, anchor)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A product cut into tiles: its stage, its reduction loops, the rows and columns of a tile."""
+
+    block: Any
+    reduced: Sequence[Any]
+    rows: Any
+    columns: Any
+
+
+def _tiles(schedule: Any, name: str, *, bytes_per_input: int) -> _Tile:
+    """Cut the product ``name`` into tiles; what follows is applied to a tile before it is stored."""
+    anchor, last = schedule.get_sblock(name), _blocks(schedule)[-1]
+    if _name(schedule, last) == name:
+        last = schedule.cache_write(anchor, 0, "local")
     *outer, row, column, reduced = _grouped(schedule, anchor)
     depth = prod(_extent(schedule, loop) for loop in reduced)
-    chunk, tile = _tiling(_extent(schedule, row), CACHED // (4 * depth))
+    chunk, tile = _tiling(_extent(schedule, row), CACHED // (bytes_per_input * depth))
     row_chunk, rows = schedule.split(row, [None, chunk])
     row_tile, row_lane = schedule.split(rows, [None, tile])
     column_tile, column_lane = schedule.split(column, [None, lanes(_extent(schedule, column))])
@@ -79,16 +112,10 @@ def _product(schedule: Any) -> None:
     schedule.set_scope(anchor, 0, "local")
     schedule.reverse_compute_at(last, row_tile)
     *_, store_row, store_column = schedule.get_loops(last)
-    for lane, vector in ((row_lane, column_lane), (store_row, store_column)):
-        schedule.unroll(lane)
-        schedule.vectorize(vector)
-    schedule.decompose_reduction(anchor, reduced[0])
-
-
-def _with_store(schedule: Any, anchor: Any) -> tuple[Any, Any]:
-    """The product and a stage of its own that stores what it gives."""
-    store = schedule.cache_write(anchor, 0, "local")
-    return anchor, store
+    schedule.unroll(store_row)
+    schedule.vectorize(store_column)
+    schedule.unroll(row_lane)
+    return _Tile(anchor, reduced, row_lane, column_lane)
 
 
 def _grouped(schedule: Any, block: Any) -> list[Any]:
@@ -104,15 +131,10 @@ def _is_spatial(variable: Any) -> bool:
 
 def _tiling(rows: int, most: int) -> tuple[int, int]:
     """Rows of a task, a divisor of ``rows`` near ``most`` or below, and of a tile: those with the least time a row."""
-
-    def seconds(task: int, tile: int) -> float:
-        full, rest = divmod(task, tile)
-        return (full * (tile + TILE_OVERHEAD) + (rest + TILE_OVERHEAD if rest else 0)) / task
-
     tasks = [n for n in range(1, rows + 1) if rows % n == 0]
-    fitting = [n for n in tasks if n <= max(most, ROW_TILES[0])] or tasks[:1]
+    fitting = [n for n in tasks if n <= max(most, ROW_TILES[0])]
     choices = [(task, min(tile, task)) for task in (*fitting, rows) for tile in ROW_TILES]
-    return min(choices, key=lambda choice: (seconds(*choice) * (1.0 if choice[0] in fitting else 1.1), choice))
+    return min(choices, key=lambda choice: (row_cost(*choice) * (1.0 if choice[0] in fitting else 1.1), choice))
 
 
 def _attention(schedule: Any) -> None:
@@ -301,6 +323,7 @@ _DATA_PARALLEL = 0
 
 _RULES: Mapping[str, Callable[[Any], None]] = {
     "product": _product,
+    "product_i8": _integer_product,
     "attention": _attention,
     "normalized": _rows,
     "rotated": _rows,
