@@ -181,9 +181,9 @@ class _Made:
 
     def claims(self) -> dict[str, object]:
         """Its entry in the manifest."""
-        sample = "its own" if self.chosen and not self.chosen.on_reference else f"not run: {self.obstacle}"
+        sample = "its own" if not self.obstacle else f"not run: {self.obstacle}"
         if self.chosen and self.chosen.on_reference:
-            sample = f"its reference's, on {self.chosen.engine.device}: {self.obstacle}"
+            sample = f"its reference's: {self.obstacle}"
         return {
             "backend": str(self.build.backend),
             "check": self.check,
