@@ -30,6 +30,9 @@ def check_operator(op: str, cases: Sequence[Case], target: Target) -> None:
         raise AssertionError(
             f"{op}: no such operator; name it in OPERATORS or in the entry point group {kernels.GROUP}"
         )
+    promised = ("OPS", "REFERENCES", "LAUNCHES", "why_not", "work")
+    if missing := [name for name in promised if not hasattr(kernels.operators()[op], name)]:
+        raise AssertionError(f"{op}: its module has no {', '.join(missing)}; an operator's module has {promised}")
     if op not in kernels.operators()[op].OPS:
         raise AssertionError(f"{op}: its module registers {', '.join(kernels.operators()[op].OPS)}")
     if not cases:

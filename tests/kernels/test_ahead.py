@@ -140,6 +140,13 @@ def test_kernels_without_products_spill_nothing(name: str, architecture: str) ->
     assert code.instructions == {}
 
 
+@pytest.mark.parametrize("name", [name for name in PRODUCTS if name.startswith("linear")])
+def test_the_tile_of_a_single_token_spills_nothing_either(name: str) -> None:
+    code = compiled(PRODUCTS[name].replace("[2, N,", "[1, 1,"), "sm_90")
+    check_code(code, "sm_90")
+    assert code.instructions["mma.sync"] > 0
+
+
 def test_ptx_is_of_a_version_that_older_drivers_take() -> None:
     assert ".version 8.3" in compiled(ROWS["gated_residual"], "sm_90").assembly
     assert ".version 8.6" in compiled(ROWS["gated_residual"], "sm_100").assembly

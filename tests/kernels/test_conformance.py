@@ -181,6 +181,14 @@ def test_an_operator_without_cases_is_named(target: Target) -> None:
         check_operator("intarsia.linear_i8", [], target)
 
 
+def test_a_module_that_lacks_a_part_of_the_contract_is_told_which(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "operators", lambda: {"faulty.part": SimpleNamespace(OPS=("faulty.part",))})
+    with pytest.raises(AssertionError, match=r"its module has no REFERENCES, LAUNCHES, why_not, work; an operator's"):
+        check_operator("faulty.part", [{"x": torch.ones(4)}], target)
+
+
 @pytest.fixture(scope="module")
 def faulty() -> Iterator[None]:
     """Operators that break one promise each, as a third party's library might register them."""
@@ -224,7 +232,7 @@ def test_an_operator_that_breaks_a_promise_is_told_which(
         return "no" if node.op == "faulty.refuses" else None
 
     references = {} if name == "lacks" else {f"faulty.{name}": lambda x: x + 1}
-    promises = {"why_not": why_not, "work": lambda *_: Work(0.0, "f32", 32), "REFERENCES": references}
+    promises = {"why_not": why_not, "work": lambda *_: Work(0.0, "f32", 32), "REFERENCES": references, "LAUNCHES": {}}
     contract = SimpleNamespace(OPS=(f"faulty.{name}",), **promises)
     monkeypatch.setattr(kernels, "operators", lambda: {f"faulty.{name}": contract})
     with pytest.raises(AssertionError, match=sentence):

@@ -128,6 +128,8 @@ def test_expressions_cover_extents() -> None:
     assert launch.product((2, 3)) == "6"
 
 
-@pytest.mark.parametrize(("tokens", "rows"), [(1, 16), (16, 16), (17, 64), (65, 128), ("N", 128)])
-def test_a_product_of_few_tokens_has_a_small_tile(tokens: int | str, rows: int) -> None:
-    assert launch.tile_rows(launch.product((1, tokens))) == rows
+@pytest.mark.parametrize(
+    ("tokens", "tile"), [(1, (16, 32)), (16, (16, 32)), (17, (64, 128)), (65, (128, 128)), ("N", (128, 128))]
+)
+def test_a_product_of_few_tokens_has_a_small_tile(tokens: int | str, tile: tuple[int, int]) -> None:
+    assert launch.product_tile(launch.product((1, tokens)), 128) == tile
