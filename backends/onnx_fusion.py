@@ -23,6 +23,8 @@ from intarsia.ir.rotation import Rotation
 from intarsia.ir.types import TensorType
 
 _DEFAULTS: dict[str, Arg] = {"dropout_p": 0.0, "enable_gqa": False}
+_TURNED = ("f32", "f16", "bf16")
+"""Element types of ONNX's RotaryEmbedding."""
 _ATTENTIONS = ("aten.scaled_dot_product_attention", "intarsia.attention")
 
 
@@ -93,6 +95,8 @@ def _fits(match: Rotation, node: Node, graph: Graph) -> bool:
     """Whether the shapes are those of ONNX's RotaryEmbedding: tables (1, S, 1, D/2), one element type."""
     input, cos, sin, output = graph.type(match.input), graph.type(match.cos), graph.type(match.sin), node.type
     if len(output.shape) != 4 or output.shape[:2] != input.shape[:2] or len(input.shape) not in (3, 4):
+        return False
+    if output.dtype not in _TURNED:
         return False
     heads, channels = output.shape[2:]
     if not isinstance(heads, int) or not isinstance(channels, int):

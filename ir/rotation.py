@@ -43,10 +43,11 @@ class Rotation:
 
 def _stacked(node: Node, graph: Graph) -> tuple[str, str] | None:
     """The two values that ``node`` flattens into neighbouring channels."""
-    stack = graph.producers.get(node.ref("self")) if node.op == "aten.flatten.using_ints" else None
+    flat = node.op in ("aten.flatten.using_ints", "aten.view", "aten.reshape")
+    stack = graph.producers.get(node.ref("self")) if flat else None
     if stack is None or stack.op != "aten.stack" or stack.args.get("dim") not in (4, -1) or len(stack.inputs) != 2:
         return None
-    return stack.inputs[0], stack.inputs[1]
+    return (stack.inputs[0], stack.inputs[1]) if node.type.shape[:-1] == stack.type.shape[:-2] else None
 
 
 def paired(even: str, odd: str, graph: Graph) -> str | None:

@@ -19,6 +19,7 @@ from intarsia.ir.target import Target
 PASSES: dict[str, str] = {
     "cast-floats": "intarsia.passes.cast_floats:CastFloats",
     "clean": "intarsia.passes.clean:Clean",
+    "complex-to-real": "intarsia.passes.complex_to_real:ComplexToReal",
     "drop-noops": "intarsia.passes.drop_noops:DropNoops",
     "drop-unused": "intarsia.passes.drop_unused:DropUnused",
     "fold-sizes": "intarsia.passes.fold_sizes:FoldSizes",
