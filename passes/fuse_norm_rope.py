@@ -19,7 +19,16 @@ from intarsia.ir.graph import Graph, Node, Ref, Symbol, Value
 from intarsia.ir.rotation import Rotation, paired
 from intarsia.ir.sizes import Dim
 from intarsia.ir.types import TensorType
-from intarsia.passes.fuse_candidates import Candidate, fresh, operands, produced, rounded, uncast, unwidened
+from intarsia.passes.fuse_candidates import (
+    Candidate,
+    fresh,
+    operands,
+    produced,
+    rounded,
+    uncast,
+    unwidened,
+    used_elsewhere,
+)
 from intarsia.passes.fuse_norms import Norm, norm_of
 
 OP = "intarsia.norm_rope"
@@ -31,7 +40,8 @@ def norm_rope(node: Node, graph: Graph) -> Candidate | None:
     if found is None:
         return None
     norm = norm_of(uncast(found.input, graph)[-1], graph)
-    reason = _why_not_norm(found.input, norm, node, graph) or _why_not_tables(found, node, graph)
+    reason = _why_not_norm(found.input, norm, graph) or _why_not_tables(found, node, graph)
+    reason = reason or used_elsewhere(uncast(found.input, graph), graph)
     if norm is None or reason:
         return Candidate(node.name, (), reason)
     for input in (unwidened(norm.input, graph), norm.input):
@@ -47,8 +57,8 @@ def _turned(node: Node, graph: Graph) -> Rotation | None:
     """The other spelling: ``x * cos + pairs(-odd, even) * sin``, with tables that hold each entry twice."""
     terms = operands(node) if node.op == "aten.add.Tensor" else None
     products = [produced(uncast(term, graph)[-1], graph, "aten.mul.Tensor") for term in terms or ()]
-    factors = [operands(product) if product else None for product in products]
-    if len(factors) != 2 or factors[0] is None or factors[1] is None:
+    factors = [pair for product in products if product and (pair := operands(product))]
+    if len(factors) != 2:
         return None
     (input, cos), (turned, sin) = factors
     view = produced(uncast(turned, graph)[-1], graph, "aten.view", "aten.reshape", "aten.flatten.using_ints")
@@ -61,7 +71,7 @@ def _turned(node: Node, graph: Graph) -> Rotation | None:
     return Rotation(input, cos, sin) if same else None
 
 
-def _why_not_norm(input: str, norm: Norm | None, node: Node, graph: Graph) -> str:
+def _why_not_norm(input: str, norm: Norm | None, graph: Graph) -> str:
     """Why what is turned is no RMS norm over all heads of all tokens."""
     part = produced(uncast(input, graph)[-1], graph, "aten.slice.Tensor")
     whole = norm or (norm_of(uncast(part.ref("self"), graph)[-1], graph) if part else None)

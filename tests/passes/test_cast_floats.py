@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from intarsia.ir.target import Target
 from intarsia.ir.verify import verify
 from intarsia.passes.base import find_pass
 from intarsia.passes.cast_floats import CastFloats
+from intarsia.passes.clean import Clean
+from intarsia.passes.fuse_kernels import FuseKernels
 from intarsia.passes.quantize_linear import QuantizeLinear
+
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 TIMESTEP = """graph timestep {
   size N in [2, 64]
@@ -125,6 +130,15 @@ def test_integers_and_untouched_interfaces_stay(target: Target) -> None:
     assert cast.outputs == graph.outputs
 
 
+def test_cleaning_before_and_after_gives_the_same_element_types(target: Target) -> None:
+    traced = Graph.parse((GOLDEN / "wan-block-dynamic.traced.graph").read_text())
+    before = CastFloats().run(Clean().run(traced, target, {}), target, {})
+    after = Clean().run(CastFloats().run(traced, target, {}), target, {})
+    shared = before.producers.keys() & after.producers.keys()
+    assert len(shared) > 0.9 * len(before.nodes)
+    assert all(before.values[name] == after.values[name] for name in shared)
+
+
 def test_what_pytorch_cannot_do_in_sixteen_bits_stays_as_it_was(target: Target) -> None:
     graph = Graph.parse("""graph complex {
   input %x: f32[4, 2]
@@ -181,6 +195,17 @@ def test_wan_mini_in_sixteen_bits_stays_close_and_casts_once(
     assert 0 < error(program.module()(*inputs)[0], built.module()(*inputs)[0]) < bound
 
 
+def test_kernels_that_are_fused_already_keep_their_tables_in_f32(target: Target, wan_mini: Program) -> None:
+    fused = FuseKernels(everywhere=True).run(wan_mini.graph, target, {})
+    cast = CastFloats("f16").run(fused, target, {})
+    check_types(cast)
+    rotated = next(cast.find("intarsia.norm_rope"))
+    assert [cast.type(rotated.ref(arg)).dtype for arg in ("input", "weight", "cos")] == ["f16", "f16", "f32"]
+    inputs = example_inputs(fused)
+    found = Program(cast, wan_mini.weights).module()(*inputs)[0]
+    assert 0 < error(wan_mini.module()(*inputs)[0], found) < 2e-3
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +216,8 @@ class Residual(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv(x)
         y = torch.relu(y + self.norm(y))
-        return self.head(nn.functional.max_pool2d(y, 2).mean((2, 3)))
+        pooled: torch.Tensor = self.head(nn.functional.max_pool2d(y, 2).mean((2, 3)))
+        return pooled
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])

@@ -121,6 +121,11 @@ def test_what_is_almost_the_pattern_is_refused_with_the_reason(
     assert FuseKernels().refusals(Graph.parse(TWO.replace(found, instead)), target)["q.flat"] == reason
 
 
+def test_a_norm_that_is_also_an_output_is_not_computed_twice(target: Target) -> None:
+    graph = Graph.parse(TWO.replace("return %y, %z", "return %y, %z, %q"))
+    assert FuseKernels().refusals(graph, target) == {"q.flat": "%q, inside the pattern, is used elsewhere too"}
+
+
 def test_a_norm_of_each_head_is_refused(target: Target) -> None:
     text = TURNED.replace("5, 24]", "5, 3, 8]").replace("5, 12", "5, 3, 4").replace("shape=[24]", "shape=[8]")
     assert FuseKernels().refusals(Graph.parse(text), target) == {
