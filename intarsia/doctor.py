@@ -15,6 +15,9 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from intarsia.terminal import cache_folder
 
 
@@ -60,6 +63,7 @@ OPTIONAL = (
         "no engines for TensorRT",
     ),
     Part(("apache-tvm",), "tvm", "tvm", "no engines for TVM"),
+    Part(("apache-tvm-ffi",), "tvm_ffi", "tvm", "TVM's tuning ends with a segmentation fault"),
 )
 
 COMPILERS = ("g++", "clang++", "nvcc")
@@ -67,7 +71,7 @@ COMPILERS = ("g++", "clang++", "nvcc")
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one part: ``ok``, ``missing`` or ``broken``, and what to do about it."""
+    """What was found of one part: ``ok``, ``missing``, ``broken`` or ``other`` (version), and what to do about it."""
 
     name: str
     status: str
@@ -130,10 +134,14 @@ def _broken(part: Part, found: str, error: Exception) -> Finding:
 def _present(part: Part) -> Finding:
     """An optional part, by whether it is installed; importing some of them takes half a minute."""
     name, found = _version(part)
-    if found and find_spec(part.module.partition(".")[0]) is not None:
-        return Finding(name, "ok", found, core=False)
     remedy = f"pip install 'intarsia[{part.extra}]'"
-    return Finding(name, "missing", "", core=False, costs=part.costs, remedy=remedy)
+    if not found or find_spec(part.module.partition(".")[0]) is None:
+        return Finding(name, "missing", "", core=False, costs=part.costs, remedy=remedy)
+    stated = _stated(name, part.extra)
+    if stated is not None and not stated.specifier.contains(found, prereleases=True):
+        costs = f"{part.costs}, perhaps: it was tried with {stated.specifier}"
+        return Finding(name, "other", found, core=False, costs=costs, remedy=remedy)
+    return Finding(name, "ok", found, core=False)
 
 
 def _version(part: Part) -> tuple[str, str]:
@@ -147,13 +155,23 @@ def _version(part: Part) -> tuple[str, str]:
 
 
 def _requirement(name: str) -> str:
-    """The requirement as our own metadata states it, such as ``torch>=2.11``."""
+    """The requirement of the core as our own metadata states it, such as ``torch>=2.11``."""
+    stated = _stated(name, "")
+    return name if stated is None else f"{stated.name}{stated.specifier}"
+
+
+def _stated(name: str, extra: str) -> Requirement | None:
+    """What our own metadata asks of a package, for the core or for an extra; None if it does not name it."""
     try:
-        stated = requires("intarsia") or []
+        texts = requires("intarsia") or []
     except PackageNotFoundError:
-        return name
-    mine = (text for text in stated if ";" not in text)
-    return next((text for text in mine if text.startswith(name)), name)
+        return None
+    wanted = canonicalize_name(name)
+    for stated in map(Requirement, texts):
+        asked = stated.marker is None or stated.marker.evaluate({"extra": extra})
+        if canonicalize_name(stated.name) == wanted and asked:
+            return stated
+    return None
 
 
 def _cache_finding() -> Finding:

@@ -33,6 +33,16 @@ def test_a_person_reads_what_is_missing_what_it_costs_and_how_to_get_it(intarsia
     assert "pip install 'intarsia[tvm]'" in lines[at + 2]
 
 
+def test_another_version_than_was_tried_is_named_with_what_was(intarsia: Run, monkeypatch):
+    """What is installed is there, in a version that our metadata does not take."""
+    pytest.importorskip("tvm_ffi")
+    monkeypatch.setattr(doctor, "_version", lambda part: (part.distributions[0], "0.1.15"))
+    found = {finding["name"]: finding for finding in json.loads(intarsia("doctor", "--json").stdout)["findings"]}
+    assert found["apache-tvm-ffi"]["status"] == "other"
+    assert "it was tried with ==0.1.14.post0" in found["apache-tvm-ffi"]["costs"]
+    assert found["apache-tvm-ffi"]["remedy"] == "pip install 'intarsia[tvm]'"
+
+
 def test_a_missing_core_package_gives_code_6(intarsia: Run, monkeypatch):
     monkeypatch.setattr(doctor, "CORE", (Part(("no-such-thing",), "no_such_thing", "", "nothing works"),))
     result = intarsia("doctor")
