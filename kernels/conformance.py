@@ -75,6 +75,14 @@ def _check_types(op: str, case: Case, results: Sequence[Tensor], where: str) -> 
         if list(map(type_of, found)) != expected:
             given = ", ".join(str(type_of(value)) for value in found)
             raise AssertionError(f"{where}: the {kind} gives {given}, a run gives {', '.join(map(str, expected))}")
+        if list(map(_order, found)) != list(map(_order, results)):
+            raise AssertionError(f"{where}: in memory, what the {kind} gives lies otherwise than what a run gives")
+
+
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of the axes that matter: those of more than one element."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple(step for extent, step in pairs if extent > 1) if tensor.numel() else ()
 
 
 def _check_reference(op: str, case: Case, results: Sequence[Tensor], where: str) -> None:

@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
@@ -21,7 +21,7 @@ from intarsia.ir.graph import Arg, Graph, Node, Ref, Value
 from intarsia.ir.operators import DTYPES, resolve
 from intarsia.ir.sizes import Dim, evaluate
 from intarsia.ir.target import Target
-from intarsia.ir.types import TensorType, Type
+from intarsia.ir.types import TensorType
 
 POINTERS: Mapping[str, str] = {
     "f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i64": "*i64", "i32": "*i32", "i8": "*i8", "u8": "*u8",
@@ -62,6 +62,15 @@ class Launch:
     layouts: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     aligned: tuple[str, ...] = ()
 
+    @cached_property
+    def strided(self) -> Mapping[str, tuple[tuple[int, bool], ...]]:
+        """Operands that need not lie row by row: the axes of the strides that the kernel is told, and if aligned."""
+        table: dict[str, list[tuple[int, bool]]] = {}
+        for text in dict.fromkeys(self.arguments):
+            if match := _STRIDE.fullmatch(text):
+                table.setdefault(match[1], []).append((int(match[2]), text in self.aligned))
+        return {name: tuple(axes) for name, axes in table.items()}
+
 
 def launch_of(node: Node, graph: Graph, architecture: str) -> Launch | None:
     """How the call is launched on ``architecture``; None if its operator has no Triton kernel.
@@ -84,7 +93,7 @@ def run(op: str, arguments: Mapping[str, Any]) -> Tensor:
     """Launch the operator's kernel on tensors by the names of the operator's parameters; gives the only result."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
-    types = tuple((name, type_of(tensor)) for name, tensor in tensors.items())
+    types = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
     others = tuple((name, value) for name, value in arguments.items() if name not in tensors)
     launch = _launch(op, types, others, architecture_of(first.device))
     results = allocate(launch, {}, first.device)
@@ -105,7 +114,7 @@ def allocate(launch: Launch, sizes: Mapping[str, int], device: torch.device) -> 
     made = {}
     for name, type_ in launch.results.items():
         order = launch.layouts.get(name, tuple(range(len(type_.shape))))
-        shape = [evaluate(type_.shape[axis], sizes) for axis in order]
+        shape = [number(type_.shape[axis], sizes) for axis in order]
         back = [order.index(axis) for axis in range(len(order))]
         made[name] = torch.empty(shape, dtype=DTYPES[type_.dtype], device=device).permute(back)
     return made
@@ -120,15 +129,21 @@ def start(launch: Launch, tensors: Mapping[str, Tensor], sizes: Mapping[str, int
     """Launch through Triton's own compiler, on the current device and stream."""
     kernel = imported(launch.kernel)
     passed = dict(zip(runtime_parameters(launch), values(launch, tensors, sizes), strict=True))
-    grid = tuple(evaluate(extent, sizes) for extent in launch.grid)
+    grid = tuple(number(extent, sizes) for extent in launch.grid)
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     kernel[grid](**passed, **launch.constants, **options)
 
 
 def runtime_parameters(launch: Launch) -> tuple[str, ...]:
     """The kernel's own names of the run-time arguments, in order."""
-    parameters = inspect.signature(imported(launch.kernel).fn).parameters
-    return tuple(name for name in parameters if name not in launch.constants)
+    return tuple(name for name in _parameters(launch.kernel) if name not in launch.constants)
+
+
+def number(extent: Dim, sizes: Mapping[str, int]) -> int:
+    """What an expression of sizes comes to."""
+    if isinstance(extent, str):
+        return int(extent) if extent.isdecimal() else evaluate(extent, sizes)
+    return extent
 
 
 def imported(path: str) -> Any:
@@ -148,6 +163,12 @@ def imported(path: str) -> Any:
         ) from error
 
 
+@lru_cache(maxsize=64)
+def _parameters(kernel: str) -> tuple[str, ...]:
+    return tuple(inspect.signature(imported(kernel).fn).parameters)
+
+
+@lru_cache(maxsize=16)
 def architecture_of(device: torch.device) -> str:
     """What a compiler calls the device: ``sm_90``, ``gfx942``; ``sm_80`` for Triton's interpreter on a CPU."""
     if device.type != "cuda":
@@ -159,7 +180,9 @@ def architecture_of(device: torch.device) -> str:
 
 
 def cdiv(extent: Dim, block: int) -> str:
-    """The number of blocks that cover ``extent``, as an expression of sizes."""
+    """The number of blocks that cover ``extent``, as an expression of sizes; a plain number if it is known."""
+    if isinstance(extent, int) or extent.isdecimal():
+        return str((int(extent) + block - 1) // block)
     return f"({extent} + {block - 1})//{block}"
 
 
@@ -194,15 +217,18 @@ def strides(graph: Graph, node: Node, operand: str, axes: Sequence[int]) -> tupl
     return texts, tuple(dict.fromkeys(texts)) if aligned else ()
 
 
+Signature = tuple[tuple[str, torch.dtype, torch.Size], ...]
+"""Operands of an eager call, by name."""
+
+
 @lru_cache(maxsize=1024)
-def _launch(op: str, types: tuple[tuple[str, Type], ...], others: tuple[tuple[str, Any], ...], target: str) -> Launch:
-    """The launch for one call with these types, as a graph of its own."""
-    given = tuple(Value(name, type_) for name, type_ in types)
-    args: dict[str, Arg] = {**{name: Ref(name) for name, _ in types}, **dict(others)}
-    fake = {name: torch.empty(t.shape, dtype=DTYPES[t.dtype], device="meta") for name, t in types}  # type: ignore[arg-type,union-attr]
-    result = resolve(op)(**fake, **dict(others))
-    node = Node(op, args, (Value("output", type_of(result)),))
-    launch = launch_of(node, Graph("call", given, (), (node,), ("output",)), target)
+def _launch(op: str, operands: Signature, others: tuple[tuple[str, Any], ...], architecture: str) -> Launch:
+    """The launch for one call with these operands, as a graph of its own."""
+    fake = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in operands}
+    given = tuple(Value(name, type_of(tensor)) for name, tensor in fake.items())
+    args: dict[str, Arg] = {**{name: Ref(name) for name in fake}, **dict(others)}
+    node = Node(op, args, (Value("output", type_of(resolve(op)(**fake, **dict(others)))),))
+    launch = launch_of(node, Graph("call", given, (), (node,), ("output",)), architecture)
     if launch is None:
         raise Unsupported(f"{op} has no kernel")
     return launch
@@ -219,17 +245,18 @@ _STRIDE = re.compile(r"stride\((.+), (\d+)\)")
 def _value(argument: str, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor | int:
     if argument in tensors:
         return tensors[argument]
+    if argument.isdecimal():
+        return int(argument)
     if match := _STRIDE.fullmatch(argument):
         return tensors[match[1]].stride(int(match[2]))
     return evaluate(argument, sizes)
 
 
 def _prepared(launch: Launch, name: str, tensor: Tensor) -> Tensor:
-    asked = [match for match in map(_STRIDE.fullmatch, launch.arguments) if match and match[1] == name]
-    aligned = [int(match[2]) for match in asked if match[0] in launch.aligned]
-    if not asked:
+    axes = launch.strided.get(name)
+    if axes is None:
         found = tensor.contiguous()
-    elif tensor.stride(-1) == 1 and all(tensor.stride(axis) % ALIGNMENT == 0 for axis in aligned):
+    elif tensor.stride(-1) == 1 and all(tensor.stride(axis) % ALIGNMENT == 0 for axis, aligned in axes if aligned):
         found = tensor
     else:
         found = tensor.clone(memory_format=torch.contiguous_format)

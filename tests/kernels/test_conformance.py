@@ -199,6 +199,7 @@ def faulty() -> Iterator[None]:
         "draws": torch.rand_like,
         "differs": lambda x: x + 2,
         "lacks": lambda x: x + 1,
+        "lies": lambda x: x.t().contiguous().t() + 1,
         "refuses": lambda x: x + 1,
         "mistypes": lambda x: x + 1,
     }
@@ -219,8 +220,9 @@ def faulty() -> Iterator[None]:
         ("changes", "changes its argument x"),
         ("aliases", "gives back memory of an argument"),
         ("draws", "two calls give different bits"),
-        ("mistypes", r"the fake kernel gives f16\[4\], a run gives f32\[4\]"),
+        ("mistypes", r"the fake kernel gives f16\[4, 2\], a run gives f32\[4, 2\]"),
         ("differs", "the reference differs: "),
+        ("lies", "in memory, what the fake kernel gives lies otherwise than what a run gives"),
         ("lacks", "REFERENCES of its module has no faulty.lacks"),
         ("refuses", "why_not refuses what runs: no"),
     ],
@@ -236,4 +238,4 @@ def test_an_operator_that_breaks_a_promise_is_told_which(
     contract = SimpleNamespace(OPS=(f"faulty.{name}",), **promises)
     monkeypatch.setattr(kernels, "operators", lambda: {f"faulty.{name}": contract})
     with pytest.raises(AssertionError, match=sentence):
-        check_operator(f"faulty.{name}", [{"x": torch.ones(4)}], target)
+        check_operator(f"faulty.{name}", [{"x": torch.ones(4, 2)}], target)
