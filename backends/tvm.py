@@ -9,17 +9,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
-from intarsia import kernels
 from intarsia.backends.base import Backend, Built, require_support
 from intarsia.backends.elf import check_library
 from intarsia.backends.tvm_engine import TvmEngine
+from intarsia.backends.tvm_integers import CONSTANTS
 from intarsia.ir.errors import MissingEnvironment, QualityError, Unsupported
-from intarsia.ir.execute import to_module
-from intarsia.ir.graph import Graph, Node
+from intarsia.ir.exported import export_program
+from intarsia.ir.graph import Graph, Node, Value
 from intarsia.ir.operators import resolve
-from intarsia.ir.program import Program, meta_weights
+from intarsia.ir.program import Program
 from intarsia.ir.sizes import names
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
@@ -67,21 +65,21 @@ class TvmBackend(Backend):
                 return f"element type {type_.dtype} has no fast kernel on a CPU; use f32"
             if free := sorted({name for dim in type_.shape if isinstance(dim, str) for name in names(dim)}):
                 return f"size {', '.join(free)} is not fixed, and kernels are tiled for one size; trace without --dynamic"
+        for key in CONSTANTS.get(node.op, ()):
+            if node.ref(key) not in {param.name for param in graph.params}:
+                return f"{key} is computed at run time; materialize the program first"
         try:
-            call = resolve(node.op)
+            left = _not_lowered(node, tuple((name, graph.type(name)) for name in dict.fromkeys(node.inputs)))
         except Unsupported as error:
             return str(error)
-        _require_tvm()
-        left = _not_lowered(node, tuple((name, graph.values[name].type) for name in dict.fromkeys(node.inputs)))
-        if not left or node.op in kernels.operators() and kernels.why_not(node, graph, target) is None and not left:
+        if not left:
             return None
-        del call
-        return f"TVM has no {' nor '.join(left)}; keep it out of the graph, or use backend onnx"
+        return f"TVM's importer has no {' and no '.join(left)}; keep it out of the graph, or use backend onnx"
 
     def build(self, program: Program, target: Target, folder: Path) -> Built:
         """Compile and link the library; equal programs give equal bytes."""
-        require_support(self, program.graph, target)
         _require_tvm()
+        require_support(self, program.graph, target)
         import tvm
 
         from intarsia.backends.tvm_library import compiled, find_compiler, link
@@ -137,19 +135,19 @@ def _require_tvm() -> None:
 
 @lru_cache(maxsize=4096)
 def _not_lowered(node: Node, inputs: tuple[tuple[str, TensorType], ...]) -> tuple[str, ...]:
-    """Operators that are left of ``node`` once it is decomposed and that nothing lowers."""
+    """Operators that are left of ``node`` once it is decomposed and that nothing lowers.
+
+    Raises:
+        Unsupported: PyTorch does not know the operator.
+    """
+    call = resolve(node.op)
+    _require_tvm()
     from intarsia.backends.tvm_lowering import decompositions, is_lowered
 
-    call = resolve(node.op)
     if is_lowered(call):
         return ()
-    from intarsia.ir.graph import Value
-
     values = tuple(Value(name, type_) for name, type_ in inputs)
     graph = Graph("one", values, (), (node,), tuple(value.name for value in node.outputs))
-    module = to_module(graph, meta_weights(()))
-    from intarsia.ir.program import example_inputs
-
-    exported = torch.export.export(module, example_inputs(graph), strict=False).run_decompositions(decompositions())
+    exported = export_program(Program(graph, {})).run_decompositions(decompositions())
     calls = [one.target for one in exported.graph.nodes if one.op == "call_function"]
     return tuple(sorted({str(one) for one in calls if not is_lowered(one)}))

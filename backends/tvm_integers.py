@@ -33,6 +33,13 @@ Call = tuple[Callable[..., Any], Sequence[Any]]
 """A tensor expression and its tensors; constants may still be PyTorch's."""
 
 
+def wrapping_sum(left: Any, right: Any) -> Any:
+    """The sum of two i32 modulo 2**32, as PyTorch adds; TVM takes a sum of signed numbers to fit, and would widen it."""
+    from tvm import tirx
+
+    return tirx.reinterpret("int32", tirx.reinterpret("uint32", left) + tirx.reinterpret("uint32", right))
+
+
 def dyadic(total: Any, multiplier: Any, shift: Any) -> Any:
     """``total`` i32 times ``multiplier`` / 2**``shift``, rounded half up and clipped to int8."""
     from tvm import tirx
@@ -84,12 +91,14 @@ def linear_i8i8(input: Any, packed: Any, multiplier: Any, shift: Any, *bias: Any
     _, pairs, width, _ = (int(extent) for extent in packed.shape)
     rows = int(multiplier.shape[0])
 
+    tiled = whole_tiles(lines)
+
     def wide(*i: Any) -> Any:
         *batch, line, column = i
         value = input[(*batch, line, column)].astype("int16")
-        return tirx.if_then_else(tirx.all(line < lines, column < columns), value, tirx.const(0, "int16"))
+        inside = [line < lines] * (tiled > lines) + [column < columns] * (columns % 2)
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, "int16")) if inside else value
 
-    tiled = whole_tiles(lines)
     widened = te.compute((*outer, tiled, 2 * pairs), wide, name="padded")
     column = te.reduce_axis((0, 2 * pairs), "column")
 
@@ -118,9 +127,10 @@ def conv2d_i8i8(
     ]
 
     def wide(b: Any, y: Any, x: Any, c: Any) -> Any:
-        inside = [0 <= y - padding[0], y - padding[0] < places[0], 0 <= x - padding[1], x - padding[1] < places[1]]
-        value = input[b, y - padding[0], x - padding[1], c].astype("int16")
-        return tirx.if_then_else(tirx.all(*inside, c < channels), value, tirx.const(0, "int16"))
+        y, x = y - padding[0], x - padding[1]
+        inside = [y >= 0, y < places[0], x >= 0, x < places[1], *([c < channels] * (channels % 2))]
+        value = input[b, y, x, c].astype("int16")
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, "int16"))
 
     tiled = whole_tiles(extents[1])
     beyond = (tiled - extents[1]) * stride[1]
@@ -149,7 +159,7 @@ def _requantized(total: Any, shape: Sequence[int], multiplier: Any, shift: Any, 
     from tvm import te
 
     def answer(*i: Any) -> Any:
-        summed = total[i] + bias[0][i[-1]] if bias else total[i]
+        summed = wrapping_sum(total[i], bias[0][i[-1]]) if bias else total[i]
         return dyadic(summed, multiplier[i[-1]], shift[i[-1]])
 
     return te.compute(tuple(shape), answer, name="requantized")

@@ -43,6 +43,7 @@ def is_lowered(call: Callable[..., Any]) -> bool:
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """How operators are spelled in others, without those that are taken as they are."""
+    kernels.register()
     table = {**torch.export.default_decompositions(), **kernels.decompositions()}
     return {call: function for call, function in table.items() if not is_lowered(call)}
 

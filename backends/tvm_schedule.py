@@ -6,7 +6,7 @@ the operands. Measured on one core of an AMD EPYC 7003: 92 to 100 GFLOP/s, as fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -51,7 +51,7 @@ def stages(function: Any) -> tuple[str, ...]:
 def _product(schedule: Any) -> None:
     """Tiles of a product in registers, a vector of columns at a time."""
     _prepare(schedule, "product")
-    parts = _tiles(schedule, "product", bytes_per_input=4)
+    parts = _tiles(schedule, "product", bytes_per_input=4, tiling=_tiling)
     schedule.vectorize(parts.columns)
     schedule.decompose_reduction(parts.block, parts.reduced[0])
 
@@ -60,7 +60,7 @@ def _integer_product(schedule: Any) -> None:
     """Tiles of an integer product in registers, pairs of inputs by one instruction."""
     register()
     _prepare(schedule, "product_i8")
-    parts = _tiles(schedule, "product_i8", bytes_per_input=2)
+    parts = _tiles(schedule, "product_i8", bytes_per_input=2, tiling=_whole_tiling)
     vector, lane = schedule.split(parts.columns, [None, LANES])
     pairs, pair = schedule.split(parts.reduced[-1], [None, 2])
     schedule.reorder(pairs, parts.rows, vector, lane, pair)
@@ -88,14 +88,16 @@ class _Tile:
     columns: Any
 
 
-def _tiles(schedule: Any, name: str, *, bytes_per_input: int) -> _Tile:
+def _tiles(
+    schedule: Any, name: str, *, bytes_per_input: int, tiling: Callable[[int, int], tuple[int, int]]
+) -> _Tile:
     """Cut the product ``name`` into tiles; what follows is applied to a tile before it is stored."""
     anchor, last = schedule.get_sblock(name), _blocks(schedule)[-1]
     if _name(schedule, last) == name:
         last = schedule.cache_write(anchor, 0, "local")
     *outer, row, column, reduced = _grouped(schedule, anchor)
     depth = prod(_extent(schedule, loop) for loop in reduced)
-    chunk, tile = _tiling(_extent(schedule, row), CACHED // (bytes_per_input * depth))
+    chunk, tile = tiling(_extent(schedule, row), CACHED // (bytes_per_input * depth))
     row_chunk, rows = schedule.split(row, [None, chunk])
     row_tile, row_lane = schedule.split(rows, [None, tile])
     column_tile, column_lane = schedule.split(column, [None, lanes(_extent(schedule, column))])
@@ -131,10 +133,21 @@ def _is_spatial(variable: Any) -> bool:
 
 def _tiling(rows: int, most: int) -> tuple[int, int]:
     """Rows of a task, a divisor of ``rows`` near ``most`` or below, and of a tile: those with the least time a row."""
+    return min(_tilings(rows, most))[2:]
+
+
+def _whole_tiling(rows: int, most: int) -> tuple[int, int]:
+    """As ``_tiling``, and no rows are left over in a task."""
+    return min(one for one in _tilings(rows, most) if one[2] % one[3] == 0)[2:]
+
+
+def _tilings(rows: int, most: int) -> Iterator[tuple[float, int, int, int]]:
+    """What a row costs, then what to prefer among equals, rows of a task, rows of a tile."""
     tasks = [n for n in range(1, rows + 1) if rows % n == 0]
     fitting = [n for n in tasks if n <= max(most, ROW_TILES[0])]
-    choices = [(task, min(tile, task)) for task in (*fitting, rows) for tile in ROW_TILES]
-    return min(choices, key=lambda choice: (row_cost(*choice) * (1.0 if choice[0] in fitting else 1.1), choice))
+    for task in dict.fromkeys((*fitting, rows)):
+        for tile in dict.fromkeys(min(tile, task) for tile in ROW_TILES):
+            yield row_cost(task, tile) * (1.0 if task in fitting else 1.1), -task, task, tile
 
 
 def _attention(schedule: Any) -> None:
