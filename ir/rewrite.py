@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 
 from .errors import InvalidGraph
@@ -33,18 +33,12 @@ def rename_uses(graph: Graph, names: Mapping[str, str]) -> Graph:
         return graph
     final = {name: _last(name, names) for name in names}
     nodes = tuple(
-        replace(node, args={key: _renamed(arg, final) for key, arg in node.args.items()})
+        replace(node, args={key: renamed(arg, final) for key, arg in node.args.items()})
         if any(name in final for name in node.inputs)
         else node
         for node in graph.nodes
     )
     return replace(graph, nodes=nodes, outputs=tuple(final.get(name, name) for name in graph.outputs))
-
-
-def _renamed(arg: Arg, final: Mapping[str, str]) -> Arg:
-    if isinstance(arg, Ref):
-        return Ref(final.get(arg.name, arg.name))
-    return tuple(_renamed(item, final) for item in arg) if isinstance(arg, tuple) else arg
 
 
 def _last(name: str, names: Mapping[str, str]) -> str:
@@ -55,6 +49,20 @@ def _last(name: str, names: Mapping[str, str]) -> str:
             raise InvalidGraph(f"%{name} is renamed to itself, by way of {', '.join(f'%{m}' for m in sorted(met))}")
         met.add(last)
     return last
+
+
+def renamed(arg: Arg, names: Mapping[str, str]) -> Arg:
+    """The argument with every use of a key of ``names`` turned into a use of its value."""
+    if isinstance(arg, Ref):
+        return Ref(names.get(arg.name, arg.name))
+    return tuple(renamed(item, names) for item in arg) if isinstance(arg, tuple) else arg
+
+
+def fresh(name: str, taken: Container[str]) -> str:
+    """The name, made longer until it is not taken; of a graph, ``graph.values`` are."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def drop_unused(graph: Graph) -> Graph:

@@ -14,7 +14,7 @@ from intarsia.ir.execute import call, type_of
 from intarsia.ir.graph import Arg, Graph, Node, Ref, Symbol, Value
 from intarsia.ir.operators import DTYPES
 from intarsia.ir.plan import Chosen
-from intarsia.ir.rewrite import rename_uses
+from intarsia.ir.rewrite import fresh, rename_uses, renamed
 from intarsia.ir.sizes import evaluate
 from intarsia.ir.target import Target
 from intarsia.ir.types import ScalarType, TensorType, Type
@@ -166,7 +166,7 @@ class _Casting:
         args: dict[str, Arg] = {}
         for key, arg in node.args.items():
             wanted = {name: self._given(name) for name in _refs(arg) if self._is_float(name)} if key in kept else types
-            args[key] = _renamed(arg, {name: self._copy(name, dtype, node) for name, dtype in wanted.items()})
+            args[key] = renamed(arg, {name: self._copy(name, dtype, node) for name, dtype in wanted.items()})
         return replace(node, args=args)
 
     def _copy(self, name: str, dtype: str, user: Node) -> str:
@@ -174,7 +174,7 @@ class _Casting:
         if self._now(name) == dtype:
             return name
         if (name, dtype) not in self._copies:
-            made = Value(_fresh(f"{name}.{dtype}", self._names), TensorType(dtype, self.graph.type(name).shape))
+            made = Value(fresh(f"{name}.{dtype}", self._names), TensorType(dtype, self.graph.type(name).shape))
             self._names.add(made.name)
             self._copies[name, dtype] = made.name
             args: dict[str, Arg] = {"self": Ref(name), "dtype": Symbol(str(DTYPES[dtype]))}
@@ -186,9 +186,9 @@ class _Casting:
 def _with_outputs_as_before(cast: Graph, graph: Graph, narrow: str) -> Graph:
     """Every output under its name and of its type: what has another type now is renamed, and cast at the end."""
     changed = [name for name in dict.fromkeys(graph.outputs) if cast.values[name].type != graph.values[name].type]
-    names = {name: _fresh(f"{name}.{narrow}", cast.values) for name in changed}
+    names = {name: fresh(f"{name}.{narrow}", cast.values) for name in changed}
     nodes = tuple(replace(node, outputs=tuple(_named(v, names) for v in node.outputs)) for node in cast.nodes)
-    renamed = rename_uses(replace(cast, nodes=nodes), names)
+    inner = rename_uses(replace(cast, nodes=nodes), names)
     back = tuple(
         Node(
             "aten._to_copy",
@@ -198,7 +198,7 @@ def _with_outputs_as_before(cast: Graph, graph: Graph, narrow: str) -> Graph:
         )
         for name in changed
     )
-    return replace(renamed, nodes=renamed.nodes + back, outputs=graph.outputs)
+    return replace(inner, nodes=inner.nodes + back, outputs=graph.outputs)
 
 
 def _named(value: Value, names: Mapping[str, str]) -> Value:
@@ -222,15 +222,3 @@ def _refs(arg: Arg) -> list[str]:
     if isinstance(arg, Ref):
         return [arg.name]
     return [name for item in arg for name in _refs(item)] if isinstance(arg, tuple) else []
-
-
-def _renamed(arg: Arg, names: Mapping[str, str]) -> Arg:
-    if isinstance(arg, Ref):
-        return Ref(names.get(arg.name, arg.name))
-    return tuple(_renamed(item, names) for item in arg) if isinstance(arg, tuple) else arg
-
-
-def _fresh(name: str, taken: object) -> str:
-    while name in taken:  # type: ignore[operator]
-        name += "_"
-    return name

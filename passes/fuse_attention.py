@@ -14,8 +14,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from intarsia.ir.graph import Graph, Node, Ref, Value
+from intarsia.ir.rewrite import fresh
 from intarsia.ir.types import TensorType
-from intarsia.passes.fuse_candidates import Candidate, fresh, produced, uncast, used_elsewhere
+from intarsia.passes.fuse_candidates import Candidate, produced, uncast, used_elsewhere
 from intarsia.passes.fuse_key_lengths import KeyLengths, key_lengths
 
 OP = "intarsia.attention"
@@ -101,7 +102,7 @@ def _key(turned: str, place: str, graph: Graph) -> tuple[str, tuple[Node, ...]]:
     if node is not None and _swaps(node):
         return node.ref("self"), ()
     *outer, channels, tokens = graph.type(turned).shape
-    value = Value(fresh(f"{place}.key", graph), TensorType(graph.type(turned).dtype, (*outer, tokens, channels)))
+    value = Value(fresh(f"{place}.key", graph.values), TensorType(graph.type(turned).dtype, (*outer, tokens, channels)))
     back = Node("aten.transpose.int", {"self": Ref(turned), "dim0": -2, "dim1": -1}, (value,))
     return value.name, (back,)
 

@@ -90,10 +90,3 @@ def operands(node: Node) -> tuple[str, str] | None:
     if not isinstance(first, Ref) or not isinstance(second, Ref) or node.args.get("alpha", 1) != 1:
         return None
     return first.name, second.name
-
-
-def fresh(name: str, graph: Graph) -> str:
-    """The name, made longer until no value of the graph has it."""
-    while name in graph.values:
-        name += "_"
-    return name

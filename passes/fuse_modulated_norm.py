@@ -18,11 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from intarsia.ir.graph import Graph, Node, Ref, Value
+from intarsia.ir.rewrite import fresh
 from intarsia.ir.types import TensorType
 from intarsia.passes.fuse_candidates import (
     CASTS,
     Candidate,
-    fresh,
     operands,
     produced,
     rounded,
@@ -120,7 +120,7 @@ def _scale(factor: str, place: str, graph: Graph) -> tuple[str, tuple[Node, ...]
     scale = unwidened(added.ref("self"), graph)
     dtype, made = graph.type(scale).dtype, list[Node]()
     for shaper in reversed(shapers):
-        value = Value(fresh(f"{place}.scale{len(made) or ''}", graph), TensorType(dtype, shaper.type.shape))
+        value = Value(fresh(f"{place}.scale{len(made) or ''}", graph.values), TensorType(dtype, shaper.type.shape))
         made.append(replace(shaper, args={**shaper.args, "self": Ref(scale)}, outputs=(value,)))
         scale = value.name
     return scale, tuple(made)

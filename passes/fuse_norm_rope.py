@@ -16,12 +16,12 @@ with one pair of tables for all layers that share them.
 from __future__ import annotations
 
 from intarsia.ir.graph import Graph, Node, Ref, Symbol, Value
+from intarsia.ir.rewrite import fresh
 from intarsia.ir.rotation import Rotation, paired
 from intarsia.ir.sizes import Dim
 from intarsia.ir.types import TensorType
 from intarsia.passes.fuse_candidates import (
     Candidate,
-    fresh,
     operands,
     produced,
     rounded,
@@ -113,10 +113,10 @@ def _fused(last: Node, input: str, *, norm: Norm, found: Rotation, heads: Dim, g
 def _rows(table: str, graph: Graph) -> tuple[Node, ...]:
     """Calls that make f32 (N, D/2) of a table (1, N, 1, D/2); named after it, so that layers can share them."""
     type_ = graph.type(table)
-    name, shape = fresh(f"{table}.rows", graph), (type_.shape[1], type_.shape[3])
+    name, shape = fresh(f"{table}.rows", graph.values), (type_.shape[1], type_.shape[3])
     value = Value(name, TensorType(type_.dtype, shape))
     squeezed = Node("aten.squeeze.dims", {"self": Ref(table), "dim": (0, 2)}, (value,))
     if type_.dtype not in ("f16", "bf16"):
         return (squeezed,)
-    wide = Value(fresh(f"{table}.rows.f32", graph), TensorType("f32", shape))
+    wide = Value(fresh(f"{table}.rows.f32", graph.values), TensorType("f32", shape))
     return squeezed, Node("aten._to_copy", {"self": Ref(name), "dtype": Symbol("torch.float32")}, (wide,))

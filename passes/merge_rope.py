@@ -9,7 +9,7 @@ from typing import ClassVar
 from intarsia.ir.graph import Arg, Graph, Node, Ref, Symbol, Value
 from intarsia.ir.operators import DTYPES
 from intarsia.ir.plan import Chosen
-from intarsia.ir.rewrite import rewrite
+from intarsia.ir.rewrite import fresh, rewrite
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
 from intarsia.passes.base import Pass
@@ -113,22 +113,16 @@ def _stacked(node: Node, sources: tuple[str, ...], graph: Graph) -> Sequence[Nod
     axis = _axis(node)
     part = graph.type(sources[0])
     shape = (*part.shape[: axis + 1], len(sources), *part.shape[axis + 1 :])
-    stack = Value(_fresh(f"{node.name}.stack", graph), TensorType(part.dtype, shape))
+    stack = Value(fresh(f"{node.name}.stack", graph.values), TensorType(part.dtype, shape))
     tensors = tuple(Ref(source) for source in sources)
     stacking = Node("aten.stack", {"tensors": tensors, "dim": axis + 1}, (stack,), node.source)
     flatten: dict[str, Arg] = {"self": Ref(stack.name), "start_dim": axis, "end_dim": axis + 1}
     if part.dtype == node.type.dtype:
         return [stacking, replace(node, op="aten.flatten.using_ints", args=flatten)]
-    flat = Value(_fresh(f"{node.name}.flatten", graph), TensorType(part.dtype, node.type.shape))
+    flat = Value(fresh(f"{node.name}.flatten", graph.values), TensorType(part.dtype, node.type.shape))
     cast: dict[str, Arg] = {"self": Ref(flat.name), "dtype": Symbol(str(DTYPES[node.type.dtype]))}
     return [
         stacking,
         Node("aten.flatten.using_ints", flatten, (flat,), node.source),
         replace(node, op="aten._to_copy", args=cast),
     ]
-
-
-def _fresh(name: str, graph: Graph) -> str:
-    while name in graph.values:
-        name += "_"
-    return name

@@ -11,7 +11,7 @@ from intarsia.ir.errors import PlanError
 from intarsia.ir.graph import Graph, Node, Ref, Value
 from intarsia.ir.plan import Choices, Chosen
 from intarsia.ir.program import split_constant
-from intarsia.ir.rewrite import rewrite
+from intarsia.ir.rewrite import fresh, rewrite
 from intarsia.ir.spec import Spec
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
@@ -105,8 +105,8 @@ def _rounded(node: Node, graph: Graph, option: str) -> Sequence[Node]:
 
 def _rows(node: Node, graph: Graph) -> Sequence[Node]:
     rows, columns = graph.type(node.ref("weight")).shape
-    weight = Value(_fresh(f"{node.name}.i8", graph), TensorType("i8", (rows, columns)))
-    scale = Value(_fresh(f"{node.name}.scale", graph), TensorType("f32", (rows,)))
+    weight = Value(fresh(f"{node.name}.i8", graph.values), TensorType("i8", (rows, columns)))
+    scale = Value(fresh(f"{node.name}.scale", graph.values), TensorType("f32", (rows,)))
     args = {
         "input": node.args["input"],
         "weight": Ref(weight.name),
@@ -120,16 +120,10 @@ def _rows(node: Node, graph: Graph) -> Sequence[Node]:
 def _groups(node: Node, graph: Graph, group: int) -> Sequence[Node]:
     rows, columns = graph.type(node.ref("weight")).shape
     half, count = (columns // 2, columns // group) if isinstance(columns, int) else (columns, columns)
-    packed = Value(_fresh(f"{node.name}.i4", graph), TensorType("u8", (rows, half)))
-    scale = Value(_fresh(f"{node.name}.scale", graph), TensorType("f32", (rows, count)))
+    packed = Value(fresh(f"{node.name}.i4", graph.values), TensorType("u8", (rows, half)))
+    scale = Value(fresh(f"{node.name}.scale", graph.values), TensorType("f32", (rows, count)))
     refs = {"packed": Ref(packed.name), "scale": Ref(scale.name)}
     args = {"input": node.args["input"], **refs, "bias": node.args.get("bias"), "group": group}
     weight = {"weight": node.args["weight"], "group": group}
     quantize = Node("intarsia.quantize_groups", weight, (packed, scale), node.source)
     return quantize, replace(node, op="intarsia.linear_i4", args=args)
-
-
-def _fresh(name: str, graph: Graph) -> str:
-    while name in graph.values:
-        name += "_"
-    return name
