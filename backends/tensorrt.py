@@ -132,14 +132,13 @@ class TensorrtBackend(Backend):
         facts = settings["engine"]
         if facts is None:
             return f"typed ONNX is sound; no engine, build it on the target with {SCRIPT}"
-        plan = (folder / facts["file"]).read_bytes()
-        if hashlib.sha256(plan).hexdigest() != facts["sha256"]:
-            raise QualityError(
-                f"{folder / facts['file']} is not the engine that {script.SETTINGS} tells of; build again"
-            )
+        path = folder / facts["file"]
+        plan = path.read_bytes()
         if facts["builder"].startswith("tensorrt_rtx") and not is_rtx_plan(plan):
-            raise QualityError(f"{folder / facts['file']} is no TensorRT-RTX engine; build again")
-        return f"typed ONNX is sound; {facts['file']}, {len(plan):,} bytes by {facts['builder']}, is the one built"
+            raise QualityError(f"{path} is no TensorRT-RTX engine, or not all of one; make it again with {SCRIPT}")
+        if hashlib.sha256(plan).hexdigest() != facts["sha256"]:
+            raise QualityError(f"{path} is not the engine that {script.SETTINGS} tells of; make it again with {SCRIPT}")
+        return f"typed ONNX is sound; {path.name}, {len(plan):,} bytes by {facts['builder']}, is the one built"
 
     def load_reference(self, folder: Path, files: Sequence[str]) -> Engine:
         """The typed ONNX on the CPU, rounded to its element types after each node."""

@@ -27,7 +27,6 @@ LACKS: Mapping[str, str] = {
     "aten._fft_r2c": "DFT",
     "aten._fft_c2c": "DFT",
     "aten._fft_c2r": "DFT",
-    "aten.stft": "STFT",
     "aten.im2col": "Im2Col",
     "aten.col2im": "Col2Im",
     "aten.affine_grid_generator": "AffineGrid",
@@ -49,7 +48,7 @@ def why_not(node: Node, graph: Graph, target: Target) -> str | None:
         return f"TensorRT has no {bad}, only {', '.join(TYPES)}; cast before, such as with pass cast-floats"
     if "f8e4m3" in dtypes and _capability(target.architecture) < 89:
         return f"f8e4m3 needs sm_89 or later, and {target.name} is {target.architecture}; use i8 or f16"
-    lacking = LACKS.get(node.op.removesuffix(".Tensor").removesuffix(".Scalar"))
+    lacking = LACKS.get(".".join(node.op.split(".")[:2]))
     if lacking and not (node.op.startswith(_ON_BOOLEANS) and set(dtypes) == {"b1"}):
         return f"TensorRT has no {lacking}; compute it before, where its inputs are constant, or use backend onnx"
     if node.op in PRODUCTS:
