@@ -39,11 +39,19 @@ def attention(node: Node, graph: Graph) -> Candidate | None:
         return Candidate(node.name, (), f"enable_gqa is set; {OP} has as many heads in key and value as in query")
     mask = args.get("attn_mask")
     proved = key_lengths(mask.name, graph) if isinstance(mask, Ref) else KeyLengths("")
+    if isinstance(mask, Ref) and not proved.reason and not _covers(mask.name, node, graph):
+        proved = KeyLengths("", f"the mask %{mask.name} is {graph.type(mask.name)}, not one row for each of the batch")
     if proved.reason:
         return Candidate(node.name, (), proved.reason)
     lengths = Ref(proved.lengths) if proved.lengths else None
     given = {key: args[key] for key in ("query", "key", "value")}
     return Candidate(node.name, (replace(node, op=OP, args=given | {"lengths": lengths, "scale": args.get("scale")}),))
+
+
+def _covers(mask: str, node: Node, graph: Graph) -> bool:
+    """Whether the mask has a row of its own for every query's batch, and an entry for every key."""
+    shape, batch, keys = graph.type(mask).shape, graph.type(node.ref("query")).shape[0], graph.type(node.ref("key"))
+    return (shape[0], shape[3]) == (batch, keys.shape[2])
 
 
 def softmax_attention(node: Node, graph: Graph) -> Candidate | None:

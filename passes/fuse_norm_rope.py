@@ -15,6 +15,8 @@ with one pair of tables for all layers that share them.
 
 from __future__ import annotations
 
+from math import prod
+
 from intarsia.ir.graph import Graph, Node, Ref, Symbol, Value
 from intarsia.ir.rewrite import fresh
 from intarsia.ir.rotation import Rotation, paired
@@ -89,9 +91,11 @@ def _why_not_norm(input: str, norm: Norm | None, graph: Graph) -> str:
 def _why_not_tables(found: Rotation, node: Node, graph: Graph) -> str:
     """Why the tables are not the same for all heads, or the result is not (B, N, heads, D)."""
     shape, cos, sin = node.type.shape, graph.type(found.cos), graph.type(found.sin)
-    if len(shape) != 4 or not isinstance(shape[3], int):
+    merged = graph.type(found.input).shape
+    fixed = len(shape) == 4 and isinstance(shape[2], int) and isinstance(shape[3], int)
+    if not fixed or (*shape[:2], prod(map(int, shape[2:]))) != merged:
         return f"%{found.cos} is {cos}, and %{node.name} {node.type}; {OP} turns (B, N, heads, D), every head alike"
-    if cos.shape == sin.shape == (1, shape[1], 1, shape[3] // 2):
+    if cos.shape == sin.shape == (1, shape[1], 1, int(shape[3]) // 2):
         return ""
     return f"%{found.cos} is {cos}, %{found.sin} {sin}; {OP} takes one row of D/2 entries for each token"
 

@@ -121,6 +121,12 @@ def test_a_mask_of_queries_by_keys_is_refused(target: Target) -> None:
     assert refusal(text, target) == "the mask %mask is b1[1, 1, 2, T]; keys are cut off by (B, 1, 1, T) alone"
 
 
+def test_one_row_of_a_mask_for_a_whole_batch_is_refused(target: Target) -> None:
+    text = MASKED.replace("lengths: i64[2]", "lengths: i64[1]").replace("i64[2, 1]", "i64[1, 1]")
+    text = text.replace("b1[2, T]", "b1[1, T]").replace("b1[2, 1, 1, T]", "b1[1, 1, 1, T]").replace("=[2, 1", "=[1, 1")
+    assert refusal(text, target) == "the mask %mask is b1[1, 1, 1, T], not one row for each of the batch"
+
+
 def test_a_mask_that_is_added_is_refused(target: Target) -> None:
     text = MASKED.replace("%mask: b1", "%bits: b1").replace(
         "  %y:", "  %mask: f32[2, 1, 1, T] = aten._to_copy(self=%bits, dtype=torch.float32)\n  %y:"

@@ -121,6 +121,12 @@ def test_what_is_almost_the_pattern_is_refused_with_the_reason(
     assert FuseKernels().refusals(Graph.parse(TWO.replace(found, instead)), target)["q.flat"] == reason
 
 
+def test_pairs_that_do_not_come_from_their_own_token_are_refused(target: Target) -> None:
+    text = TWO.replace("5, 3, 4", "15, 1, 4").replace("5, 3, 8", "15, 1, 8")
+    text = text.replace("%cos: f32[1, 5", "%cos: f32[1, 15").replace("%sin: f32[1, 5", "%sin: f32[1, 15")
+    assert "turns (B, N, heads, D), every head alike" in FuseKernels().refusals(Graph.parse(text), target)["q.flat"]
+
+
 def test_a_norm_that_is_also_an_output_is_not_computed_twice(target: Target) -> None:
     graph = Graph.parse(TWO.replace("return %y, %z", "return %y, %z, %q"))
     assert FuseKernels().refusals(graph, target) == {"q.flat": "%q, inside the pattern, is used elsewhere too"}
