@@ -91,7 +91,7 @@ class Function:
             raise MissingEnvironment(f"the driver answers {name} with error {status}; see its list of error codes")
 
 
-def _as_c(type_: str, value: int) -> ctypes.c_uint64 | ctypes.c_int32 | ctypes.c_int64 | ctypes.c_uint32:
+def _as_c(type_: str, value: int) -> ctypes._SimpleCData[int]:
     return ctypes.c_uint64(value) if type_.startswith("*") else _NUMBERS[type_](value)
 
 

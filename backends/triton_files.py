@@ -164,10 +164,10 @@ def check_engine(folder: Path) -> str:
         if fault := _fault(folder, kernel, architecture=name.rpartition(".")[2]):
             raise QualityError(f"{folder / kernel.file}: {fault}")
     spilling = sum(kernel.spills > 0 for kernel in manual.compiled.values())
-    calls = max((len(calls) for calls in manual.calls.values()), default=0)
+    most = max((len(calls) for calls in manual.calls.values()), default=0)
     return (
         f"{len(manual.compiled)} kernels for {', '.join(manual.architectures)}, {spilling} spilling; "
-        f"they take {calls} of {len(graph.nodes)} calls"
+        f"they take {most} of {len(graph.nodes)} calls"
     )
 
 

@@ -95,8 +95,8 @@ def _taken(facts: Mapping[str, Any]) -> Lines:
         lines += [f"{name} passed over:", table(("places", "first", "why"), rows)] if rows else []
     if not facts["refused"]:
         return [*lines, f"{facts['name']} takes every operator"]
-    rows = [(one["op"], str(one["calls"]), one["place"], one["source"], one["reason"]) for one in facts["refused"]]
-    return [*lines, f"{facts['name']} refuses:", table(("operator", "calls", "first", "source", "why"), rows)]
+    refused = [(one["op"], str(one["calls"]), one["place"], one["source"], one["reason"]) for one in facts["refused"]]
+    return [*lines, f"{facts['name']} refuses:", table(("operator", "calls", "first", "source", "why"), refused)]
 
 
 def _plan(facts: Mapping[str, Any]) -> Lines:
