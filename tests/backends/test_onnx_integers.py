@@ -120,11 +120,12 @@ def test_the_largest_sums_saturate_nowhere(target: Target, tmp_path: Path) -> No
 
 def test_convolution_is_the_reference_to_the_bit(target: Target, tmp_path: Path) -> None:
     cases = {
-        "3x3": convolution(8, 12, (3, 3), padding=(1, 1)),
+        "3x3": convolution(40, 12, (3, 3), padding=(1, 1)),
         "3x3 without padding": convolution(3, 5, (3, 3)),
         "7x7, stride 2": convolution(3, 8, (7, 7), stride=(2, 2), padding=(3, 3)),
-        "1x1": convolution(16, 8, (1, 1)),
-        "1x1, stride 2": convolution(16, 8, (1, 1), stride=(2, 2)),
+        "1x1": convolution(48, 8, (1, 1)),
+        "1x1, stride 2": convolution(32, 8, (1, 1), stride=(2, 2)),
+        "ragged, many channels": convolution(37, 7, (2, 3), stride=(3, 2), padding=(0, 2), dilation=(2, 1)),
         "ragged": convolution(5, 7, (2, 3), stride=(3, 2), padding=(0, 2), dilation=(2, 1)),
         "groups": convolution(12, 6, (3, 3), padding=(1, 1), groups=3),
         "each channel alone": convolution(9, 9, (3, 3), stride=(2, 1), padding=(2, 1), groups=9),
@@ -194,15 +195,15 @@ def test_plain_onnx_runtime_computes_a_chain_of_layers_alike_for_every_batch(tar
 
     text = """graph g {
       size N in [2, 64]
-      input %x: f32[N, 8, 10, 10]
-      param %w1: i8[16, 8, 3, 3]
+      input %x: f32[N, 32, 10, 10]
+      param %w1: i8[16, 32, 3, 3]
       param %w2: i8[4, 16, 1, 1]
       param %b: i32[16]
       param %m1: i32[16]
       param %s1: i32[16]
       param %m2: i32[4]
       param %s2: i32[4]
-      %q: i8[N, 8, 10, 10] = intarsia.quantize_static(input=%x, scale=0.02)
+      %q: i8[N, 32, 10, 10] = intarsia.quantize_static(input=%x, scale=0.02)
       %c: i8[N, 16, 10, 10] = intarsia.conv2d_i8i8(input=%q, weight=%w1, bias=%b, multiplier=%m1, shift=%s1, \
 stride=[1, 1], padding=[1, 1], dilation=[1, 1], groups=1)
       %r: i8[N, 16, 10, 10] = aten.relu(self=%c)
@@ -211,18 +212,18 @@ stride=[1, 1], padding=[0, 0], dilation=[1, 1], groups=1)
       %y: f32[N, 4, 10, 10] = intarsia.dequantize_static(input=%d, scale=0.05, dtype=torch.float32)
       return %y
     }"""
-    first, second = dyadic(16, 72), dyadic(4, 16)
-    weights = {"w1": codes(16, 8, 3, 3), "w2": codes(4, 16, 1, 1), "b": first["bias"]}
+    first, second = dyadic(16, 288), dyadic(4, 16)
+    weights = {"w1": codes(16, 32, 3, 3), "w2": codes(4, 16, 1, 1), "b": first["bias"]}
     weights |= {"m1": first["multiplier"], "s1": first["shift"], "m2": second["multiplier"], "s2": second["shift"]}
     program = Program(Graph.parse(text), weights)
     OnnxBackend().build(program, target, tmp_path)
     model = onnx.load(tmp_path / "model.onnx")
     onnx.checker.check_model(model, full_check=True)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    assert stored["w1.u8.72x16"].data_type == onnx.TensorProto.UINT8
+    assert stored["w1.u8.288x16"].data_type == onnx.TensorProto.UINT8
     assert not {"w1", "w2", "s1", "s2"} & stored.keys()
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    x = torch.randn(7, 8, 10, 10, generator=GENERATOR)
+    x = torch.randn(7, 32, 10, 10, generator=GENERATOR)
     (expected,) = program.module()(x)
     assert torch.equal(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), expected)
     assert expected.unique().numel() > 80
