@@ -256,7 +256,8 @@ def _scales(scales: Any, dtype: onnx_ir.DataType) -> Any:
     import numpy as np
 
     kind = dtype.numpy()
-    return np.maximum(scales, np.float32(ml_dtypes.finfo(kind).smallest_subnormal)).astype(kind)
+    smallest = ml_dtypes.finfo(kind).smallest_subnormal  # type: ignore[no-untyped-call]
+    return np.maximum(scales, np.float32(smallest)).astype(kind)
 
 
 TENSORRT = Dialect(fuse=lower, translations=spellings, weights=TransposedWeights)
