@@ -48,10 +48,10 @@ class TvmBackend(Backend):
 
     def why_not_target(self, target: Target) -> str | None:
         """None for x86-64 CPUs and NVIDIA GPUs."""
-        if target.kind == "cpu" and target.architecture in ARCHITECTURES:
+        if target.kind == "cuda" or (target.kind == "cpu" and target.architecture in ARCHITECTURES):
             return None
         return (
-            f"it compiles for cpu with architecture {', '.join(ARCHITECTURES)}; "
+            f"it compiles for cuda, and for cpu with architecture {' or '.join(ARCHITECTURES)}; "
             f"{target.name} is {target.kind} with {target.architecture}"
         )
 
@@ -69,7 +69,8 @@ class TvmBackend(Backend):
             if node.ref(key) not in {param.name for param in graph.params}:
                 return f"{key} is computed at run time; materialize the program first"
         try:
-            left = _not_lowered(node, tuple((name, graph.type(name)) for name in dict.fromkeys(node.inputs)))
+            inputs = tuple((name, graph.type(name)) for name in dict.fromkeys(node.inputs))
+            left = _not_lowered(node, inputs, target.kind)
         except Unsupported as error:
             return str(error)
         if not left:
@@ -82,14 +83,14 @@ class TvmBackend(Backend):
         require_support(self, program.graph, target)
         import tvm
 
-        from intarsia.backends.tvm_library import compiled, find_compiler, link
-        from intarsia.backends.tvm_lowering import relax_module
+        from intarsia.backends.tvm_cuda import build_library
 
-        find_compiler()
-        machine = tvm.target.Target({"kind": "llvm", "mcpu": target.architecture})
-        executable = compiled(relax_module(program), machine)
-        link(executable, folder / LIBRARY)
+        if target.kind == "cuda":
+            build_library(program, target.architecture, folder / LIBRARY)
+        else:
+            _build_for_cpu(program, target.architecture, folder / LIBRARY)
         facts = {
+            "kind": target.kind,
             "architecture": target.architecture,
             "inputs": [[value.name, str(value.type)] for value in program.graph.inputs],
         }
@@ -114,7 +115,23 @@ class TvmBackend(Backend):
         kernels = sum(name.startswith("__tvm_ffi_") for name in symbols)
         if not kernels:
             raise QualityError(f"{folder / LIBRARY} holds no kernel of TVM's; build the engine again")
+        if facts["kind"] == "cuda":
+            from intarsia.backends.tvm_cuda import check_code
+
+            pieces = check_code(folder / LIBRARY, str(facts["architecture"]))
+            return f"ELF library with {kernels} entry points and {pieces} cubin for {facts['architecture']}"
         return f"ELF library for {facts['architecture']} with {kernels} entry points"
+
+
+def _build_for_cpu(program: Program, architecture: str, path: Path) -> None:
+    import tvm
+
+    from intarsia.backends.tvm_library import compiled, find_compiler, link
+    from intarsia.backends.tvm_lowering import relax_module
+
+    find_compiler()
+    machine = tvm.target.Target({"kind": "llvm", "mcpu": architecture})
+    link(compiled(relax_module(program), machine), path)
 
 
 def _facts(folder: Path) -> dict[str, object]:
@@ -134,7 +151,7 @@ def _require_tvm() -> None:
 
 
 @lru_cache(maxsize=4096)
-def _not_lowered(node: Node, inputs: tuple[tuple[str, TensorType], ...]) -> tuple[str, ...]:
+def _not_lowered(node: Node, inputs: tuple[tuple[str, TensorType], ...], kind: str) -> tuple[str, ...]:
     """Operators that are left of ``node`` once it is decomposed and that nothing lowers.
 
     Raises:
@@ -144,10 +161,10 @@ def _not_lowered(node: Node, inputs: tuple[tuple[str, TensorType], ...]) -> tupl
     _require_tvm()
     from intarsia.backends.tvm_lowering import decompositions, is_lowered
 
-    if is_lowered(call):
+    if is_lowered(call, kind):
         return ()
     values = tuple(Value(name, type_) for name, type_ in inputs)
     graph = Graph("one", values, (), (node,), tuple(value.name for value in node.outputs))
-    exported = export_program(Program(graph, {})).run_decompositions(decompositions())
+    exported = export_program(Program(graph, {})).run_decompositions(decompositions(kind))
     calls = [one.target for one in exported.graph.nodes if one.op == "call_function"]
-    return tuple(sorted({str(one) for one in calls if not is_lowered(one)}))
+    return tuple(sorted({str(one) for one in calls if not is_lowered(one, kind)}))

@@ -19,13 +19,17 @@ NEEDED = {"x86-64-v3": ("avx2", "fma"), "x86-64-v4": ("avx512f", "avx512bw", "av
 
 
 class TvmEngine(Engine):
-    """TVM's virtual machine with a library of ours, on the CPU."""
+    """TVM's virtual machine with a library of ours."""
 
     def __init__(self, path: Path, facts: Mapping[str, Any], *, threads: int | None = None) -> None:
         import tvm
         from tvm import relax
 
-        _require_instructions(str(facts["architecture"]))
+        self._device = tvm.cuda() if facts["kind"] == "cuda" else tvm.cpu()
+        if facts["kind"] == "cpu":
+            _require_instructions(str(facts["architecture"]))
+        elif not self._device.exist:
+            raise MissingEnvironment(f"the engine is for an NVIDIA GPU, {facts['architecture']}, and there is none here")
         self._inputs = [(str(name), str(type_)) for name, type_ in facts["inputs"]]
         self._tensor = tvm.runtime.tensor
         self._version = tvm.__version__
@@ -34,7 +38,7 @@ class TvmEngine(Engine):
         self._threads = int(tvm.get_global_func("runtime.NumThreads")())
         try:
             library = tvm.runtime.load_module(str(path))
-            self._main = relax.VirtualMachine(library, tvm.cpu())["main"]
+            self._main = relax.VirtualMachine(library, self._device)["main"]
         except (RuntimeError, AttributeError, ValueError) as error:
             raise QualityError(f"{path} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
 
@@ -44,13 +48,16 @@ class TvmEngine(Engine):
         if found != [type_ for _, type_ in self._inputs]:
             takes = ", ".join(f"{name}: {type_}" for name, type_ in self._inputs)
             raise UsageError(f"the engine takes {takes}; found {', '.join(found) or 'nothing'}")
-        answers = self._main(*(self._tensor(tensor.detach().contiguous().numpy()) for tensor in inputs))
+        given = (self._tensor(tensor.detach().contiguous().numpy(), self._device) for tensor in inputs)
+        answers = self._main(*given)
         return tuple(torch.from_numpy(answer.numpy()) for answer in answers)
 
     @property
     def device(self) -> str:
         """Threads and TVM's version."""
-        return f"CPU, {self._threads} threads, TVM {self._version}"
+        if self._device.dlpack_device_type() == 1:
+            return f"CPU, {self._threads} threads, TVM {self._version}"
+        return f"{self._device.device_name}, TVM {self._version}"
 
 
 def _require_instructions(architecture: str) -> None:

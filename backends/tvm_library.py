@@ -36,7 +36,7 @@ def compiled(module: Any, target: Any) -> Any:
             ]
         )(module)
         fused = with_schedules(fused)
-        return relax.build(fused, target, relax_pipeline=_finish())
+        return relax.build(fused, target, relax_pipeline=finish())
 
 
 def with_schedules(module: Any) -> Any:
@@ -65,7 +65,7 @@ def _mark_products() -> Any:
     return tvm.transform.module_pass(mark, opt_level=0, name="MarkProducts")
 
 
-def _finish() -> Any:
+def finish() -> Any:
     """TVM's own lowering of what is left: views, memory planning, calls of the virtual machine."""
     import tvm
     from tvm import relax

@@ -23,29 +23,32 @@ HEADS = (0, 2, 1, 3)
 """The transposition between heads first and heads beside channels."""
 
 
-def relax_module(program: Program) -> Any:
-    """The program with its weights as constants: one function ``main``, inputs in the graph's order, a tuple out."""
+def relax_module(program: Program, *, kind: str = "cpu") -> Any:
+    """The program with its weights as constants: one function ``main``, inputs in the graph's order, a tuple out.
+
+    What Intarsia computes itself is scheduled for a CPU; for another ``kind`` of target TVM's own operators do it.
+    """
     from tvm import relax
     from tvm.relax.frontend.torch import from_exported_program
 
-    exported = export_program(program).run_decompositions(decompositions())
-    lowering = _Lowering(exported)
-    module = from_exported_program(
-        exported, custom_convert_map=lowering.converters(), run_ep_decomposition=False, no_bind_return_tuple=False
-    )
+    exported = export_program(program).run_decompositions(decompositions(kind))
+    ours = _Lowering(exported).converters() if kind == "cpu" else None
+    module = from_exported_program(exported, custom_convert_map=ours, run_ep_decomposition=False)
     return relax.transform.DeadCodeElimination(["main"])(module)
 
 
-def is_lowered(call: Callable[..., Any]) -> bool:
-    """Whether the importer or this module takes the operator as it is."""
-    return call.__name__ in _imported() or call.__name__ in _OWN
+def is_lowered(call: Callable[..., Any], kind: str) -> bool:
+    """Whether the importer, or this module for a CPU, takes the operator as it is."""
+    return call.__name__ in _imported() or (kind == "cpu" and call.__name__ in _OWN)
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """How operators are spelled in others, without those that are taken as they are."""
+def decompositions(kind: str) -> dict[Any, Callable[..., Any]]:
+    """How operators are spelled in others; for a CPU without those that are taken as they are."""
     kernels.register()
     table = {**torch.export.default_decompositions(), **kernels.decompositions()}
-    return {call: function for call, function in table.items() if not is_lowered(call)}
+    if kind != "cpu":
+        return table
+    return {call: function for call, function in table.items() if not is_lowered(call, kind)}
 
 
 @lru_cache(maxsize=1)
