@@ -57,7 +57,7 @@ OPTIONAL = (
     Part(("transformers",), "transformers", "models", "models that come with a text encoder cannot be built"),
     Part(("triton",), "triton", "triton", "our GPU kernels do not run; their eager references do"),
     Part(
-        ("tensorrt_rtx", "tensorrt-rtx-cu13-bindings", "tensorrt"),
+        ("tensorrt-rtx-cu13", "tensorrt_rtx", "tensorrt"),
         "tensorrt_rtx",
         "tensorrt",
         "no engines for TensorRT",
