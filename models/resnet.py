@@ -1,6 +1,6 @@
 """ResNet-18 and ResNet-50 in transformers' own class, with the published configurations and random weights."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,9 @@ def _build(layer: str, widths: tuple[int, ...], depths: tuple[int, ...]) -> nn.M
     tolerate_torchvision()
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(
-        embedding_size=64, hidden_sizes=list(widths), depths=list(depths), layer_type=layer, num_labels=1000
-    )
-    module = cast(nn.Module, ResNetForImageClassification(config))
+    config: dict[str, Any] = {"embedding_size": 64, "hidden_sizes": list(widths), "depths": list(depths)}
+    config |= {"layer_type": layer, "num_labels": 1000}
+    module = cast(nn.Module, ResNetForImageClassification(ResNetConfig(**config)))
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             _draw_statistics(norm)

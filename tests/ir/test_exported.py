@@ -315,3 +315,12 @@ def test_a_wan_transformer_keeps_its_sizes_by_name_and_its_bits(wan: tuple[nn.Mo
             expected = module(*example, return_dict=False)[0]
             assert torch.equal(program.module()(*example)[0], expected)
             assert torch.equal(exported.module()(*example)[0], expected)
+
+
+def test_fixed_arguments_may_be_nested() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, *, scales: tuple[float, dict[str, float]]) -> Tensor:
+            return x * scales[0] * scales[1]["inner"]
+
+    program = trace(Scaled(), {"x": torch.ones(2)}, static={"scales": (2.0, {"inner": 3.0})})
+    assert program.module()(torch.ones(2))[0].tolist() == [6.0, 6.0]
