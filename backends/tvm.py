@@ -13,6 +13,7 @@ from intarsia.backends.base import Backend, Built, require_support
 from intarsia.backends.elf import check_library
 from intarsia.backends.tvm_engine import TvmEngine
 from intarsia.backends.tvm_integers import CONSTANTS
+from intarsia.backends.tvm_tuning import RECORDS, Tuning
 from intarsia.ir.errors import MissingEnvironment, QualityError, Unsupported
 from intarsia.ir.exported import export_program
 from intarsia.ir.graph import Graph, Node, Value
@@ -64,7 +65,9 @@ class TvmBackend(Backend):
             if type_.dtype not in DTYPES:
                 return f"element type {type_.dtype} has no fast kernel on a CPU; use f32"
             if free := sorted({name for dim in type_.shape if isinstance(dim, str) for name in names(dim)}):
-                return f"size {', '.join(free)} is not fixed, and kernels are tiled for one size; trace without --dynamic"
+                return (
+                    f"size {', '.join(free)} is not fixed, and kernels are tiled for one size; trace without --dynamic"
+                )
         for key in CONSTANTS.get(node.op, ()):
             if node.ref(key) not in {param.name for param in graph.params}:
                 return f"{key} is computed at run time; materialize the program first"
@@ -88,14 +91,27 @@ class TvmBackend(Backend):
         if target.kind == "cuda":
             build_library(program, target.architecture, folder / LIBRARY)
         else:
-            _build_for_cpu(program, target.architecture, folder / LIBRARY)
+            self._build_for_cpu(program, target.architecture, folder)
         facts = {
             "kind": target.kind,
             "architecture": target.architecture,
             "inputs": [[value.name, str(value.type)] for value in program.graph.inputs],
         }
         (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-        return Built((LIBRARY, FACTS), {"architecture": target.architecture, "tvm": tvm.__version__})
+        kept = tuple(name for name in RECORDS if (folder / name).exists())
+        return Built((LIBRARY, FACTS, *kept), {"architecture": target.architecture, "tvm": tvm.__version__})
+
+    def _build_for_cpu(self, program: Program, architecture: str, folder: Path) -> None:
+        import tvm
+
+        from intarsia.backends.tvm_library import compiled, find_compiler, link
+        from intarsia.backends.tvm_lowering import relax_module
+
+        find_compiler()
+        machine = tvm.target.Target({"kind": "llvm", "mcpu": architecture})
+        tuning = Tuning(machine, self.trials, Path(self.database) if self.database else None)
+        link(compiled(relax_module(program), machine, tuning.schedule), folder / LIBRARY)
+        tuning.save(folder)
 
     def load(self, folder: Path, files: Sequence[str]) -> TvmEngine:
         """The library in this process, its machine code ready to run.
@@ -121,17 +137,6 @@ class TvmBackend(Backend):
             pieces = check_code(folder / LIBRARY, str(facts["architecture"]))
             return f"ELF library with {kernels} entry points and {pieces} cubin for {facts['architecture']}"
         return f"ELF library for {facts['architecture']} with {kernels} entry points"
-
-
-def _build_for_cpu(program: Program, architecture: str, path: Path) -> None:
-    import tvm
-
-    from intarsia.backends.tvm_library import compiled, find_compiler, link
-    from intarsia.backends.tvm_lowering import relax_module
-
-    find_compiler()
-    machine = tvm.target.Target({"kind": "llvm", "mcpu": architecture})
-    link(compiled(relax_module(program), machine), path)
 
 
 def _facts(folder: Path) -> dict[str, object]:

@@ -67,9 +67,7 @@ def build_library(program: Program, architecture: str, path: Path) -> None:
             _write_driver(compiler, folder)
             environment["LD_LIBRARY_PATH"] = f"{folder}{os.pathsep}{os.environ.get('LD_LIBRARY_PATH', '')}"
         command = [sys.executable, "-c", f"from {__name__} import main; main()", str(folder), architecture]
-        made = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
+        made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
         if made.returncode != 0:
             said = (made.stderr.strip().splitlines() or ["no message"])[-1][:300]
             raise MissingEnvironment(f"backend tvm: nvcc gave no code for {architecture}: {said}")
@@ -101,7 +99,9 @@ def find_nvcc() -> Path:
         raise MissingEnvironment(
             "backend tvm compiles for NVIDIA GPUs with nvcc, which is missing; install the CUDA toolkit, set CUDA_PATH"
         )
-    asked = subprocess.run([str(found), "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        [str(found), "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False
+    )
     top = next((line.partition("_HERE_=")[2].split()[0] for line in asked.stderr.splitlines() if "_HERE_=" in line), "")
     return Path(top, "nvcc") if top else Path(found).resolve()
 

@@ -29,7 +29,9 @@ class TvmEngine(Engine):
         if facts["kind"] == "cpu":
             _require_instructions(str(facts["architecture"]))
         elif not self._device.exist:
-            raise MissingEnvironment(f"the engine is for an NVIDIA GPU, {facts['architecture']}, and there is none here")
+            raise MissingEnvironment(
+                f"the engine is for an NVIDIA GPU, {facts['architecture']}, and there is none here"
+            )
         self._inputs = [(str(name), str(type_)) for name, type_ in facts["inputs"]]
         self._tensor = tvm.runtime.tensor
         self._version = tvm.__version__

@@ -40,7 +40,9 @@ def register() -> None:
             T.writes(sums[0:8])
             sums[T.ramp(T.int32(0), 1, 8)] += T.call_llvm_pure_intrin(
                 T.llvm_lookup_intrinsic_id("llvm.x86.avx2.pmadd.wd"),
-                T.reinterpret(T.broadcast(T.reinterpret(inputs.vload([0], "int16x2"), dtype="int32"), 8), dtype="int16x16"),
+                T.reinterpret(
+                    T.broadcast(T.reinterpret(inputs.vload([0], "int16x2"), dtype="int32"), 8), dtype="int16x16"
+                ),
                 T.cast(weights.vload([0, 0], dtype="int8x16"), "int16x16"),
                 dtype="int32x8",
             )

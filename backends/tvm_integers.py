@@ -112,8 +112,14 @@ def linear_i8i8(input: Any, packed: Any, multiplier: Any, shift: Any, *bias: Any
 
 
 def conv2d_i8i8(
-    input: Any, packed: Any, multiplier: Any, shift: Any, *bias: Any,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    input: Any,
+    packed: Any,
+    multiplier: Any,
+    shift: Any,
+    *bias: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> Any:
     """Input i8 (N, H, W, C) with ``packed`` (O/8, kh, kw, C/2, 8, 2), summed in i32, requantized: i8 (N, H, W, O)."""
     from tvm import te, tirx
@@ -151,7 +157,11 @@ def conv2d_i8i8(
 
 def whole_tiles(rows: int) -> int:
     """``rows`` and as many more as fill whole tiles: TVM puts no instruction of ours where rows are left over."""
-    tile = min((tile for tile in ROW_TILES if tile <= rows), key=lambda tile: row_cost(_up(rows, tile), tile) * _up(rows, tile), default=rows)
+    tile = min(
+        (tile for tile in ROW_TILES if tile <= rows),
+        key=lambda tile: row_cost(_up(rows, tile), tile) * _up(rows, tile),
+        default=rows,
+    )
     return _up(rows, tile)
 
 
@@ -179,8 +189,15 @@ def pack_pairs(weight: Tensor) -> Tensor:
 
 
 def grouped_conv2d_i8i8(
-    input: Any, weight: Any, multiplier: Any, shift: Any, *bias: Any,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    input: Any,
+    weight: Any,
+    multiplier: Any,
+    shift: Any,
+    *bias: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
 ) -> Any:
     """Input i8 (N, H, W, C) with weight i8 (O, C/groups, kh, kw), each group on its own: i8 (N, H, W, O)."""
     from tvm import te, tirx

@@ -6,11 +6,11 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from intarsia.backends.tvm_schedule import scheduled, stages
+from intarsia.backends.tvm_schedule import stages
 from intarsia.ir.errors import MissingEnvironment
 
 FUSED_AFTER = 4
@@ -19,8 +19,8 @@ FUSED_AFTER = 4
 COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
 
 
-def compiled(module: Any, target: Any) -> Any:
-    """The executable of a module as the lowering gives it."""
+def compiled(module: Any, target: Any, schedule: Callable[[Any], Any]) -> Any:
+    """The executable of a module as the lowering gives it; ``schedule`` gives each tensor function its loops."""
     import tvm
     from tvm import relax
 
@@ -35,17 +35,24 @@ def compiled(module: Any, target: Any) -> Any:
                 relax.transform.DeadCodeElimination(["main"]),
             ]
         )(module)
-        fused = with_schedules(fused)
+        fused = _with_schedules(fused, schedule)
         return relax.build(fused, target, relax_pipeline=finish())
 
 
-def with_schedules(module: Any) -> Any:
-    """The module with every tensor function scheduled."""
+def compiled_function(function: Any, target: Any) -> Any:
+    """One scheduled tensor function, ready to be called with TVM's tensors."""
+    import tvm
+
+    with tvm.transform.PassContext(opt_level=3, config=_CONFIG):
+        return tvm.compile(tvm.IRModule({"main": function}), target=target)["main"]
+
+
+def _with_schedules(module: Any, schedule: Callable[[Any], Any]) -> Any:
     import tvm
     from tvm import tirx
 
     functions = {
-        name: scheduled(function) if isinstance(function, tirx.PrimFunc) else function
+        name: schedule(function) if isinstance(function, tirx.PrimFunc) else function
         for name, function in module.functions.items()
     }
     return tvm.IRModule(functions, attrs=module.attrs)

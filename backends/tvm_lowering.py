@@ -396,7 +396,16 @@ def _swaps_heads(node: torch.fx.Node) -> bool:
     return False
 
 
-_ALONG = ("relu.default", "relu_.default", "add.Tensor", "add_.Tensor", "mul.Tensor", "sub.Tensor", "hardtanh.default", "clamp.default")
+_ALONG = (
+    "relu.default",
+    "relu_.default",
+    "add.Tensor",
+    "add_.Tensor",
+    "mul.Tensor",
+    "sub.Tensor",
+    "hardtanh.default",
+    "clamp.default",
+)
 
 _OWN: Mapping[str, tuple[str, dict[str, Any]]] = {
     **{name: ("along", {}) for name in _ALONG},
@@ -415,7 +424,10 @@ _OWN: Mapping[str, tuple[str, dict[str, Any]]] = {
     "linear.default": ("linear", {}),
     **{name: ("matmul", {}) for name in ("matmul.default", "mm.default", "bmm.default")},
     "addmm.default": ("addmm", {}),
-    **{name: ("convolution", {}) for name in ("conv1d.default", "conv2d.default", "conv3d.default", "convolution.default")},
+    **{
+        name: ("convolution", {})
+        for name in ("conv1d.default", "conv2d.default", "conv3d.default", "convolution.default")
+    },
     **{name: ("batch_norm", {}) for name in ("batch_norm.default", "_native_batch_norm_legit_no_training.default")},
     "max_pool2d.default": ("max_pool2d", {}),
     **{name: ("pooled_mean", {}) for name in ("adaptive_avg_pool2d.default", "mean.dim")},

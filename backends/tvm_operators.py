@@ -218,7 +218,13 @@ def attention(
 
 
 def normalized(
-    input: Any, *, eps: float, centred: bool, finish: Callable[..., Any], shape: Sequence[int] | None = None, name: str = "normalized"
+    input: Any,
+    *,
+    eps: float,
+    centred: bool,
+    finish: Callable[..., Any],
+    shape: Sequence[int] | None = None,
+    name: str = "normalized",
 ) -> Any:
     """``finish(y, index)`` over rows of ``input`` (..., C), where ``y(channel)`` is a channel brought to unit size.
 

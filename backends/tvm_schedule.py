@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -29,15 +30,27 @@ ATTENTION_ROWS = 64
 """Queries that one task takes, so that there are several tasks to a head."""
 
 
-def scheduled(function: Any) -> Any:
-    """The function with its loops tiled, vectorized and spread over threads."""
+def scheduled(function: Any, rank: int = 0) -> Any:
+    """A schedule of the function: its loops tiled, vectorized and spread over threads.
+
+    ``rank`` takes another tiling than the one that should be fastest: 1 the second, and so on, the last if there are
+    fewer.
+    """
     from tvm import s_tir
 
     names = stages(function)
-    rule = next((rule for name, rule in _RULES.items() if name in names), _elementwise)
+    rule = next((rule for name, rule in _RULES.items() if name in names), None)
     schedule = s_tir.Schedule(function)
-    rule(schedule)
-    return schedule.mod["main"]
+    if rule is None:
+        _elementwise(schedule)
+    else:
+        rule(schedule, rank)
+    return schedule
+
+
+def is_tiled(function: Any) -> bool:
+    """Whether there are several tilings of the function."""
+    return bool({"product", "product_i8", "attention"} & set(stages(function)))
 
 
 def stages(function: Any) -> tuple[str, ...]:
@@ -48,19 +61,19 @@ def stages(function: Any) -> tuple[str, ...]:
     return tuple(_name(schedule, block) for block in _blocks(schedule))
 
 
-def _product(schedule: Any) -> None:
+def _product(schedule: Any, rank: int) -> None:
     """Tiles of a product in registers, a vector of columns at a time."""
     _prepare(schedule, "product")
-    parts = _tiles(schedule, "product", bytes_per_input=4, tiling=_tiling)
+    parts = _tiles(schedule, "product", bytes_per_input=4, tiling=partial(_tiling, rank=rank))
     schedule.vectorize(parts.columns)
     schedule.decompose_reduction(parts.block, parts.reduced[0])
 
 
-def _integer_product(schedule: Any) -> None:
+def _integer_product(schedule: Any, rank: int) -> None:
     """Tiles of an integer product in registers, pairs of inputs by one instruction."""
     register()
     _prepare(schedule, "product_i8")
-    parts = _tiles(schedule, "product_i8", bytes_per_input=2, tiling=_whole_tiling)
+    parts = _tiles(schedule, "product_i8", bytes_per_input=2, tiling=partial(_whole_tiling, rank=rank))
     vector, lane = schedule.split(parts.columns, [None, LANES])
     pairs, pair = schedule.split(parts.reduced[-1], [None, 2])
     schedule.reorder(pairs, parts.rows, vector, lane, pair)
@@ -88,9 +101,7 @@ class _Tile:
     columns: Any
 
 
-def _tiles(
-    schedule: Any, name: str, *, bytes_per_input: int, tiling: Callable[[int, int], tuple[int, int]]
-) -> _Tile:
+def _tiles(schedule: Any, name: str, *, bytes_per_input: int, tiling: Callable[[int, int], tuple[int, int]]) -> _Tile:
     """Cut the product ``name`` into tiles; what follows is applied to a tile before it is stored."""
     anchor, last = schedule.get_sblock(name), _blocks(schedule)[-1]
     if _name(schedule, last) == name:
@@ -131,14 +142,16 @@ def _is_spatial(variable: Any) -> bool:
     return bool(variable.iter_type == _DATA_PARALLEL)
 
 
-def _tiling(rows: int, most: int) -> tuple[int, int]:
+def _tiling(rows: int, most: int, *, rank: int) -> tuple[int, int]:
     """Rows of a task, a divisor of ``rows`` near ``most`` or below, and of a tile: those with the least time a row."""
-    return min(_tilings(rows, most))[2:]
+    tilings = sorted(_tilings(rows, most))
+    return tilings[min(rank, len(tilings) - 1)][2:]
 
 
-def _whole_tiling(rows: int, most: int) -> tuple[int, int]:
+def _whole_tiling(rows: int, most: int, *, rank: int) -> tuple[int, int]:
     """As ``_tiling``, and no rows are left over in a task."""
-    return min(one for one in _tilings(rows, most) if one[2] % one[3] == 0)[2:]
+    tilings = sorted(one for one in _tilings(rows, most) if one[2] % one[3] == 0)
+    return tilings[min(rank, len(tilings) - 1)][2:]
 
 
 def _tilings(rows: int, most: int) -> Iterator[tuple[float, int, int, int]]:
@@ -150,13 +163,13 @@ def _tilings(rows: int, most: int) -> Iterator[tuple[float, int, int, int]]:
             yield row_cost(task, tile) * (1.0 if task in fitting else 1.1), -task, task, tile
 
 
-def _attention(schedule: Any) -> None:
+def _attention(schedule: Any, rank: int) -> None:
     """Six queries at a time: all their scores, softmax, and the mixture of values, without leaving the cache."""
     packed, result = schedule.get_sblock("packed_keys"), schedule.get_sblock("attention")
     _spread(schedule, packed, 3)
     b, x, y, channel = schedule.get_loops(result)
     head, row = (x, y) if _first_is_head(schedule, result) else (y, x)
-    chunk, tile = _tiling(_extent(schedule, row), ATTENTION_ROWS)
+    chunk, tile = _tiling(_extent(schedule, row), ATTENTION_ROWS, rank=rank)
     chunks, rows = schedule.split(row, [None, chunk])
     rows, lane = schedule.split(rows, [None, tile])
     schedule.reorder(b, head, chunks, rows, lane, channel)
@@ -218,7 +231,7 @@ def _first_is_head(schedule: Any, result: Any) -> bool:
     return bool(total.region[1].min.same_as(second))
 
 
-def _rows(schedule: Any) -> None:
+def _rows(schedule: Any, rank: int) -> None:
     """One task per row or several: its sums in the lanes of a vector, then every channel."""
     _inline(schedule, keep=("normalized", "weights", "row", "lanes"))
     last = _blocks(schedule)[-1]
@@ -334,7 +347,7 @@ def _extent(schedule: Any, loop: Any) -> int:
 _DATA_PARALLEL = 0
 """TVM's number for an axis whose iterations do not depend on each other."""
 
-_RULES: Mapping[str, Callable[[Any], None]] = {
+_RULES: Mapping[str, Callable[[Any, int], None]] = {
     "product": _product,
     "product_i8": _integer_product,
     "attention": _attention,

@@ -52,7 +52,9 @@ LINEAR = """graph linear {{
 }}"""
 
 
-@pytest.mark.parametrize(("lines", "columns", "rows", "bias"), [(13, 96, 48, "%b"), (1, 33, 7, "None"), (2, 1, 16, "%b")])
+@pytest.mark.parametrize(
+    ("lines", "columns", "rows", "bias"), [(13, 96, 48, "%b"), (1, 33, 7, "None"), (2, 1, 16, "%b")]
+)
 def test_integer_linear_layers_are_exact(lines: int, columns: int, rows: int, bias: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(columns)
     graph = Graph.parse(LINEAR.format(lines=lines, columns=columns, rows=rows, bias=bias))
