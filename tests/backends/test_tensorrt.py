@@ -362,5 +362,5 @@ def test_options_reach_the_builder(tmp_path: Path) -> None:
     assert cache.stat().st_size > 0
     settings = json.loads((tmp_path / "a" / "build.json").read_text())
     assert (settings["tf32"], settings["level"], settings["profile"]["x"]["opt"]) == (True, 0, [4, 3, 64])
-    with pytest.raises(Unsupported, match="libnvinfer_lean"):
-        build(NARROW, tmp_path / "b", TensorrtBackend(version_compatible=True))
+    with pytest.raises(tensorrt_build.Refused, match="libnvinfer_lean"):
+        tensorrt_build.build_plan(trt, tmp_path / "a" / "model.onnx", {**settings, "version_compatible": True})
