@@ -24,6 +24,7 @@ PACKAGES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 
 MODEL = "model.onnx"
 SETTINGS = "build.json"
+RESTARTED = "--restarted"
 
 
 class Refused(Exception):
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str]) -> int:
 
     ``--timing-cache FILE`` keeps what the builder timed, so that another build takes the same tactics in less time.
     """
-    _fix_addresses()
+    if RESTARTED not in arguments:
+        _fix_addresses()
     folder = Path(__file__).parent
     settings = json.loads((folder / SETTINGS).read_text())
     cache = Path(arguments[arguments.index("--timing-cache") + 1]) if "--timing-cache" in arguments else None
@@ -150,7 +152,7 @@ def _fix_addresses() -> None:
     found = libc.personality(current)
     if found == unknown or found & fixed or libc.personality(found | fixed) == unknown:
         return
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+    os.execv(sys.executable, [sys.executable, *sys.argv, RESTARTED])
 
 
 @contextlib.contextmanager

@@ -32,9 +32,6 @@ from intarsia.ir.types import TensorType
 if TYPE_CHECKING:
     import onnx_ir
 
-FLOATS = ("f32", "f16", "bf16")
-"""Element types in which TensorRT computes."""
-
 SCALINGS = ("intarsia.quantize_static", "intarsia.dequantize_static")
 """Operators of ours that are one of ONNX's."""
 

@@ -78,7 +78,7 @@ def test_a_kernel_of_ours_runs_as_a_plugin() -> None:
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS))
     given = [network.add_input(name, trt.DataType.HALF, type_.shape) for name, type_ in plugin.inputs.items()]
-    layer = network.add_plugin(trtp.op.intarsia.modulated_norm(*given), aot=True)
+    layer = network.add_plugin(trtp.op.intarsia.modulated_norm(*given))
     network.mark_output(layer.get_output(0))
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(
         builder.build_serialized_network(network, builder.create_builder_config())
