@@ -58,16 +58,8 @@ class TvmBackend(Backend):
 
     def why_not(self, node: Node, graph: Graph, target: Target) -> str | None:
         """None, or that an operator has no lowering, an element type no kernels, or a size no number."""
-        types = [graph.values[name].type for name in node.inputs] + [value.type for value in node.outputs]
-        for type_ in types:
-            if not isinstance(type_, TensorType):
-                return f"it computes with a number of type {type_}; fold sizes first, or use backend onnx"
-            if type_.dtype not in DTYPES:
-                return f"element type {type_.dtype} has no fast kernel on a CPU; use f32"
-            if free := sorted({name for dim in type_.shape if isinstance(dim, str) for name in names(dim)}):
-                return (
-                    f"size {', '.join(free)} is not fixed, and kernels are tiled for one size; trace without --dynamic"
-                )
+        if reason := _type_refusal(node, graph):
+            return reason
         for key in CONSTANTS.get(node.op, ()):
             if node.ref(key) not in {param.name for param in graph.params}:
                 return f"{key} is computed at run time; materialize the program first"
@@ -76,9 +68,8 @@ class TvmBackend(Backend):
             left = _not_lowered(node, inputs, target.kind)
         except Unsupported as error:
             return str(error)
-        if not left:
-            return None
-        return f"TVM's importer has no {' and no '.join(left)}; keep it out of the graph, or use backend onnx"
+        reason = f"TVM's importer has no {' and no '.join(left)}; keep it out of the graph, or use backend onnx"
+        return reason if left else None
 
     def build(self, program: Program, target: Target, folder: Path) -> Built:
         """Compile and link the library; equal programs give equal bytes."""
@@ -137,6 +128,18 @@ class TvmBackend(Backend):
             pieces = check_code(folder / LIBRARY, str(facts["architecture"]))
             return f"ELF library with {kernels} entry points and {pieces} cubin for {facts['architecture']}"
         return f"ELF library for {facts['architecture']} with {kernels} entry points"
+
+
+def _type_refusal(node: Node, graph: Graph) -> str | None:
+    types = [graph.values[name].type for name in node.inputs] + [value.type for value in node.outputs]
+    for type_ in types:
+        if not isinstance(type_, TensorType):
+            return f"it computes with a number of type {type_}; fold sizes first, or use backend onnx"
+        if type_.dtype not in DTYPES:
+            return f"element type {type_.dtype} has no fast kernel on a CPU; use f32"
+        if free := sorted({name for dim in type_.shape if isinstance(dim, str) for name in names(dim)}):
+            return f"size {', '.join(free)} is not fixed, and kernels are tiled for one size; trace without --dynamic"
+    return None
 
 
 def _facts(folder: Path) -> dict[str, object]:

@@ -1,18 +1,18 @@
 """Machine instructions that TVM is taught: AVX2's product of pairs of int16, summed in int32, which never overflows."""
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, valid-type"
 
 from functools import lru_cache
 
 MADD = "intarsia.vpmaddwd"
-"""For 8 rows: sum += pair of inputs x pair of weights, both int8 and widened. Two of them fit in every cycle of a Zen 3."""
+"""For 8 rows: sum += pair of inputs x pair of weights, int16 and int8. A Zen 3 starts two of them in every cycle."""
 
 
 @lru_cache(maxsize=1)
 def register() -> None:
     """Make the instruction known to TVM's schedules; once, however often it is called."""
     from tvm.s_tir import TensorIntrin
-    from tvm.script import tirx as T
+    from tvm.script import tirx as T  # noqa: N812
 
     @T.prim_func(s_tir=True)
     def described(

@@ -34,7 +34,7 @@ Call = tuple[Callable[..., Any], Sequence[Any]]
 
 
 def wrapping_sum(left: Any, right: Any) -> Any:
-    """The sum of two i32 modulo 2**32, as PyTorch adds; TVM takes a sum of signed numbers to fit, and would widen it."""
+    """The sum of two i32 modulo 2**32, as PyTorch adds; TVM takes signed sums to fit and would widen them."""
     from tvm import tirx
 
     return tirx.reinterpret("int32", tirx.reinterpret("uint32", left) + tirx.reinterpret("uint32", right))
@@ -180,7 +180,7 @@ def _up(extent: int, width: int) -> int:
 
 
 def pack_pairs(weight: Tensor) -> Tensor:
-    """Weight i8 (R, ..., C) as (R/8, ..., C/2, 8, 2): the pairs of columns that one instruction multiplies for 8 rows."""
+    """Weight i8 (R, ..., C) as (R/8, ..., C/2, 8, 2): the pairs of columns that an instruction takes of 8 rows."""
     rows, columns = weight.shape[0], weight.shape[-1]
     flat = weight.reshape(rows, -1, columns)
     padded = torch.nn.functional.pad(flat, (0, columns % 2, 0, 0, 0, -rows % LANES))

@@ -1,4 +1,4 @@
-"""A Relax module as one shared library: fused, scheduled, compiled by LLVM, linked so that equal modules give equal bytes."""
+"""A Relax module as one shared library: fused, scheduled, compiled by LLVM, the same bytes for the same module."""
 
 from __future__ import annotations
 

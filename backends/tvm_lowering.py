@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from intarsia import kernels
-from intarsia.backends import tvm_integers, tvm_operators
+from intarsia.backends import tvm_attention, tvm_functions, tvm_integers, tvm_norms, tvm_operators
 from intarsia.ir.exported import export_program
 from intarsia.ir.program import Program
 
@@ -90,7 +90,7 @@ class _Lowering:
     def gelu(self, node: torch.fx.Node, importer: Any) -> Any:
         """GELU in either of its spellings."""
         tanh = _arguments(node).get("approximate") == "tanh"
-        return self.elementwise(node, importer, of=tvm_operators.gelu_tanh if tanh else tvm_operators.gelu)
+        return self.elementwise(node, importer, of=tvm_functions.gelu_tanh if tanh else tvm_functions.gelu)
 
     def along(self, node: torch.fx.Node, importer: Any) -> Any:
         """What TVM's importer makes of it, with channels last where its inputs have them so."""
@@ -244,7 +244,7 @@ class _Lowering:
         if len(given["normalized_shape"]) != 1 or _dtype(node) != torch.float32:
             return importer.create_convert_map()[_name(node)](node)
         affine = [importer.env[given[key]] for key in ("weight", "bias") if given[key] is not None]
-        function = partial(tvm_operators.layer_norm, eps=given["eps"], biased=given["bias"] is not None)
+        function = partial(tvm_norms.layer_norm, eps=given["eps"], biased=given["bias"] is not None)
         return _emit(importer, function, importer.env[given["input"]], *affine)
 
     def rms_norm(self, node: torch.fx.Node, importer: Any) -> Any:
@@ -252,7 +252,7 @@ class _Lowering:
         given = _arguments(node)
         eps = torch.finfo(torch.float32).eps if given["eps"] is None else given["eps"]
         weight = [] if given["weight"] is None else [importer.env[given["weight"]]]
-        return _emit(importer, partial(tvm_operators.rms_norm, eps=eps), importer.env[given["input"]], *weight)
+        return _emit(importer, partial(tvm_norms.rms_norm, eps=eps), importer.env[given["input"]], *weight)
 
     def softmax(self, node: torch.fx.Node, importer: Any) -> Any:
         """Softmax over the last axis; over another it is left to TVM's importer."""
@@ -260,7 +260,7 @@ class _Lowering:
         input = given.get("self", given.get("input"))
         if given["dim"] % len(_shape(input)) != len(_shape(input)) - 1 or _dtype(input) != torch.float32:
             return importer.create_convert_map()[_name(node)](node)
-        return _emit(importer, tvm_operators.softmax, importer.env[input])
+        return _emit(importer, tvm_norms.softmax, importer.env[input])
 
     def attention(self, node: torch.fx.Node, importer: Any) -> Any:
         """Softmax attention; transpositions of heads around it are part of how it reads and writes."""
@@ -271,14 +271,12 @@ class _Lowering:
         masked = given.get("attn_mask") is not None or given.get("is_causal", False) or given.get("dropout_p", 0.0) != 0
         if masked or len(_shape(given["query"])) != 4 or _dtype(node) != torch.float32:
             return importer.create_convert_map()[_name(node)](node)
-        tensors, first = [], []
-        for key in ("query", "key", "value"):
-            swapped = given[key] if _swaps_heads(given[key]) else None
-            tensors.append(importer.env[swapped.args[0] if swapped else given[key]])
-            first.append(swapped is None)
+        read = [given[key] for key in ("query", "key", "value")]
+        swapped = [_swaps_heads(one) for one in read]
+        tensors = [importer.env[one.args[0] if swaps else one] for one, swaps in zip(read, swapped, strict=True)]
         beside = bool(node.users) and all(_swaps_heads(user) for user in node.users)
         scale = _shape(given["query"])[-1] ** -0.5 if given["scale"] is None else given["scale"]
-        function = partial(tvm_operators.attention, scale=scale, heads_first=(*first, not beside))
+        function = partial(tvm_attention.attention, scale=scale, swapped=(*swapped, beside))
         made = _emit(importer, function, *tensors, *([] if lengths is None else [importer.env[lengths]]))
         if not beside:
             return made
@@ -297,7 +295,7 @@ class _Lowering:
         """Layer normalization, scaled and shifted by what depends on the step."""
         given = _arguments(node)
         affine = [importer.env[given[key]] for key in ("weight", "bias") if given[key] is not None]
-        function = partial(tvm_operators.modulated_norm, eps=given["eps"], weighted=given["weight"] is not None)
+        function = partial(tvm_norms.modulated_norm, eps=given["eps"], weighted=given["weight"] is not None)
         tensors = [importer.env[given[key]] for key in ("input", "scale", "shift")]
         return _emit(importer, function, *tensors, *affine)
 
@@ -312,7 +310,7 @@ class _Lowering:
         """RMS normalization, then neighbouring pairs of channels turned."""
         given = _arguments(node)
         weight = [] if given["weight"] is None else [importer.env[given["weight"]]]
-        function = partial(tvm_operators.norm_rope, heads=given["heads"], eps=given["eps"])
+        function = partial(tvm_norms.norm_rope, heads=given["heads"], eps=given["eps"])
         tensors = [importer.env[given[key]] for key in ("input", "cos", "sin")]
         return _emit(importer, function, *tensors, *weight)
 
@@ -412,12 +410,12 @@ _OWN: Mapping[str, tuple[str, dict[str, Any]]] = {
     **{
         name: ("elementwise", {"of": of})
         for name, of in {
-            "exp.default": tvm_operators.exponential,
-            "sigmoid.default": tvm_operators.sigmoid,
-            "silu.default": tvm_operators.silu,
-            "silu_.default": tvm_operators.silu,
-            "tanh.default": tvm_operators.tanh,
-            "erf.default": tvm_operators.erf,
+            "exp.default": tvm_functions.exponential,
+            "sigmoid.default": tvm_functions.sigmoid,
+            "silu.default": tvm_functions.silu,
+            "silu_.default": tvm_functions.silu,
+            "tanh.default": tvm_functions.tanh,
+            "erf.default": tvm_functions.erf,
         }.items()
     },
     "gelu.default": ("gelu", {}),

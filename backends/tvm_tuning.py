@@ -1,4 +1,4 @@
-"""Schedules that were measured: looked for among tilings, stored in a MetaSchedule database, applied again from there."""
+"""Schedules that were measured: found among tilings, kept in a MetaSchedule database, applied again from there."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ PICTURE = """graph picture {
   %y: f32[2, 10] = aten.linear(input=%f, weight=%last)
   return %y, %s
 }
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +169,6 @@ def test_inputs_of_another_shape_are_refused_in_one_line(cpu: Target, tmp_path: 
         engine(torch.ones(5))
 
 
-def reasons(text: str, target: Target) -> list[str]:
-    return [str(one) for one in refusals(TvmBackend(), Graph.parse(text), target)]
-
-
 def test_all_that_cannot_be_lowered_is_told_before_anything_is_built(cpu: Target) -> None:
     text = """graph g {
       input %x: f32[4]
@@ -184,7 +180,7 @@ def test_all_that_cannot_be_lowered_is_told_before_anything_is_built(cpu: Target
       %d: f32[4] = aten.special_bessel_j0(self=%x)
       return %a, %b, %c, %d
     }"""
-    found = [str(one) for one in refusals(TvmBackend(), graph, cpu)]
+    found = [str(one) for one in refusals(TvmBackend(), Graph.parse(text), cpu)]
     assert len(found) == 4
     assert any("%b: element type f16 has no fast kernel" in one for one in found)
     assert any("%c: size N is not fixed" in one for one in found)

@@ -77,7 +77,7 @@ CONVOLUTION = """graph convolution {{
   param %s: i32[{rows}]
   %y: i8[2, {rows}, {out}, {out}] = intarsia.conv2d_i8i8(input=%x, weight=%w, bias=%b, multiplier=%m, shift=%s, stride=[{stride}, {stride}], padding=[{padding}, {padding}], dilation=[1, 1], groups={groups})
   return %y
-}}"""
+}}"""  # noqa: E501
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_what_was_measured_is_applied_again_without_measuring(
 
 
 def test_a_database_that_is_not_there_is_told(program: Program, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no database_tuning_record.json; tune with trials=4 to make one"):
+    with pytest.raises(UsageError, match=r"holds no database_tuning_record\.json; tune with trials=4 to make one"):
         TvmBackend(database=str(tmp_path)).build(program, load_target("cpu-avx2"), tmp_path)
     with pytest.raises(UsageError, match="trials is -1"):
         TvmBackend(trials=-1).build(program, load_target("cpu-avx2"), tmp_path)
