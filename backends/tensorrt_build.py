@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
-"""Where the builder may come from; the last is the second without the empty package around it."""
+"""Where the builder may come from; the last is the second without the thin package around it."""
 
 MODEL = "model.onnx"
 SETTINGS = "build.json"
@@ -73,7 +73,7 @@ def library() -> Any:
             return importlib.import_module(name)
     raise ImportError(
         "no TensorRT builder is installed; pip install tensorrt on a machine with a data-centre GPU, "
-        "or tensorrt-rtx-cu13-libs and tensorrt-rtx-cu13-bindings for RTX GPUs"
+        "or tensorrt-rtx-cu13 for RTX GPUs"
     )
 
 
