@@ -18,10 +18,18 @@ gives more.
 """
 
 
+QUANTIZED = 5e-2
+"""The same where activations are rounded to eight bits: what differs in its last bit before may differ by a step after.
+
+wan-mini with all linear layers so rounded: inputs moved by 1e-7 move eager's own answer by 1e-2.
+"""
+
+
 def tolerance(graph: Graph) -> float:
-    """What separates rounding from error in ``graph``."""
+    """What separates rounding from error in ``graph``; 0 for one of integers alone."""
     dtypes = {value.type.dtype for value in graph.values.values() if isinstance(value.type, TensorType)}
-    return max((TOLERANCES[dtype] for dtype in dtypes & TOLERANCES.keys()), default=0.0)
+    allowed = max((TOLERANCES[dtype] for dtype in dtypes & TOLERANCES.keys()), default=0.0)
+    return max(allowed, QUANTIZED) if any(graph.find("intarsia.quantize_static")) else allowed
 
 
 def error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from intarsia.backends import agreement
 from intarsia.ir import registry
 from intarsia.ir.errors import MissingEnvironment, Unsupported
 from intarsia.ir.graph import Graph, Node
@@ -94,6 +95,10 @@ class Backend(ABC):
     def check(self, folder: Path, files: Sequence[str]) -> str:
         """What can be proven of the engine without running it, in one line; QualityError if a file is corrupt."""
         return f"{len(files)} files, {sum((folder / name).stat().st_size for name in files):,} bytes"
+
+    def tolerance(self, graph: Graph) -> float:
+        """How far the engine's answer may be from the eager reference's, as ``agreement.error`` measures it."""
+        return agreement.tolerance(graph)
 
     def load_reference(self, folder: Path, files: Sequence[str]) -> Engine:
         """What the engine's files say, run by something slower that every machine has.

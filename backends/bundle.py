@@ -168,7 +168,7 @@ class Bundle:
     def _running(self, names: Sequence[str], obstacles: list[str]) -> Iterator[Chosen]:
         for name in names:
             try:
-                engine = self._backend(name).load(*self._engine_files(name))
+                engine = self.backend(name).load(*self._engine_files(name))
             except MissingEnvironment as error:
                 obstacles.append(f"{name} does not run here: {error}")
                 continue
@@ -177,7 +177,7 @@ class Bundle:
     def _on_reference(self, names: Sequence[str], obstacles: list[str]) -> Iterator[Chosen]:
         for name in names:
             try:
-                engine = self._backend(name).load_reference(*self._engine_files(name))
+                engine = self.backend(name).load_reference(*self._engine_files(name))
             except MissingEnvironment as error:
                 obstacles.append(str(error))
                 continue
@@ -186,7 +186,7 @@ class Bundle:
 
     def check(self, name: str) -> str:
         """What the backend can prove of the engine ``name`` without running it; QualityError if it is corrupt."""
-        return self._backend(self.known(name)).check(*self._engine_files(name))
+        return self.backend(self.known(name)).check(*self._engine_files(name))
 
     def known(self, name: str) -> str:
         """``name``; UsageError if the bundle holds no such engine."""
@@ -194,7 +194,8 @@ class Bundle:
             raise UsageError(f"{self.folder} holds no engine of {name}, but of {', '.join(self.engines)}")
         return name
 
-    def _backend(self, name: str) -> Backend:
+    def backend(self, name: str) -> Backend:
+        """The backend that made the engine called ``name``, with its options."""
         return find_backend(self.manifest["engines"][name]["backend"])
 
     def _engine_files(self, name: str) -> tuple[Path, list[str]]:

@@ -34,7 +34,7 @@ def check_backend(backend: Backend, program: Program, target: Target, folder: Pa
         _tells_no_paths(backend, first / name, folder)
     shutil.rmtree(second)
     moved = first.rename(folder / "moved")
-    _answers_like_the_reference(backend.load(moved, files[0]), backend.name, program)
+    _answers_like_the_reference(backend.load(moved, files[0]), backend, program)
 
 
 def _refuses_with_reasons(backend: Backend, program: Program, target: Target) -> None:
@@ -59,10 +59,10 @@ def _tells_no_paths(backend: Backend, path: Path, folder: Path) -> None:
         _require(text.encode() not in content, said)
 
 
-def _answers_like_the_reference(engine: Engine, name: str, program: Program) -> None:
+def _answers_like_the_reference(engine: Engine, backend: Backend, program: Program) -> None:
     """For two sets of inputs, of other sizes where sizes have names, and twice alike."""
+    name, allowed = backend.name, backend.tolerance(program.graph)
     _require(bool(engine.device), f"{name}: the engine does not say what it runs on")
-    allowed = agreement.tolerance(program.graph)
     for seed, extent in enumerate((4, 6)):
         sizes = {size.name: min(max(size.minimum, extent), size.maximum or extent) for size in program.graph.sizes}
         inputs = example_inputs(program.graph, sizes, seed=seed)

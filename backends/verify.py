@@ -142,7 +142,7 @@ def _stored_sample(bundle: Bundle, chosen: Chosen) -> str:
     stored = sample.engines.get(chosen.name)
     against = [(stored, "its stored answer")] if stored else []
     return "; ".join(
-        _agree(bundle, answer, expected, f"{_subject(chosen)} on the stored sample against {what}")
+        _agree(bundle, chosen.name, answer, expected, f"{_subject(chosen)} on the stored sample against {what}")
         for expected, what in (*against, (sample.reference, "the stored reference"))
     )
 
@@ -157,7 +157,7 @@ def _fresh_inputs(bundle: Bundle, chosen: Chosen, seed: int) -> str:
     with torch.no_grad():
         reference = tuple(bundle.program.module()(*inputs))
     what = f"{_subject(chosen)} on fresh inputs (seed {seed}) against the reference"
-    return _agree(bundle, chosen.engine(*inputs), reference, what)
+    return _agree(bundle, chosen.name, chosen.engine(*inputs), reference, what)
 
 
 def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -171,8 +171,8 @@ def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     )
 
 
-def _agree(bundle: Bundle, found: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: str) -> str:
-    allowed = agreement.tolerance(bundle.graph)
+def _agree(bundle: Bundle, name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: str) -> str:
+    allowed = bundle.backend(name).tolerance(bundle.graph)
     error = agreement.error(found, expected)
     if not error <= allowed:
         raise QualityError(f"{bundle.folder}: {what} differs by {error:.1e}; {allowed:.0e} is allowed")

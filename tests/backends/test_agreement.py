@@ -58,3 +58,12 @@ def test_the_coarsest_element_type_sets_the_tolerance() -> None:
     }"""
     assert agreement.tolerance(Graph.parse(text)) == agreement.TOLERANCES["bf16"]
     assert agreement.tolerance(Graph.parse("graph g {\n input %i: i64[2]\n return %i\n}")) == 0
+
+
+def test_activations_rounded_to_eight_bits_may_differ_by_a_step() -> None:
+    text = (
+        "graph g {\n  input %x: f32[4]\n  %q: i8[4] = intarsia.quantize_static(input=%x, scale=0.1)\n  return %q\n}\n"
+    )
+    assert agreement.tolerance(Graph.parse(text)) == agreement.QUANTIZED
+    integers = "graph g {\n  input %x: i32[4]\n  %y: i32[4] = aten.neg(self=%x)\n  return %y\n}\n"
+    assert agreement.tolerance(Graph.parse(integers)) == 0.0
