@@ -16,7 +16,7 @@ from intarsia.backends.tvm_integers import CONSTANTS
 from intarsia.backends.tvm_tuning import RECORDS, Tuning
 from intarsia.ir.errors import MissingEnvironment, QualityError, Unsupported
 from intarsia.ir.exported import export_program
-from intarsia.ir.graph import Graph, Node, Value
+from intarsia.ir.graph import Graph, Node, Ref, Value
 from intarsia.ir.operators import resolve
 from intarsia.ir.program import Program
 from intarsia.ir.sizes import names
@@ -30,6 +30,10 @@ DTYPES = ("f32", "f64", "i64", "i32", "i16", "i8", "u8", "b1")
 
 ARCHITECTURES = ("x86-64-v3", "x86-64-v4")
 """What LLVM is told of a CPU."""
+
+
+_NORM = ("weight", "bias", "running_mean", "running_var")
+_STATISTICS = {"aten.batch_norm": _NORM, "aten._native_batch_norm_legit_no_training": _NORM}
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,8 @@ class TvmBackend(Backend):
         """None, or that an operator has no lowering, an element type no kernels, or a size no number."""
         if reason := _type_refusal(node, graph):
             return reason
-        for key in CONSTANTS.get(node.op, ()):
-            if node.ref(key) not in {param.name for param in graph.params}:
-                return f"{key} is computed at run time; materialize the program first"
+        if reason := _argument_refusal(node, graph):
+            return reason
         try:
             inputs = tuple((name, graph.type(name)) for name in dict.fromkeys(node.inputs))
             left = _not_lowered(node, inputs, target.kind)
@@ -137,8 +140,24 @@ def _type_refusal(node: Node, graph: Graph) -> str | None:
             return f"it computes with a number of type {type_}; fold sizes first, or use backend onnx"
         if type_.dtype not in DTYPES:
             return f"element type {type_.dtype} has no fast kernel on a CPU; use f32"
+        if type_.dtype == "f64" and (node.op.startswith("intarsia.") or node.op == "aten.rms_norm"):
+            return "its kernel computes in f32, not in f64; use f32"
         if free := sorted({name for dim in type_.shape if isinstance(dim, str) for name in names(dim)}):
             return f"size {', '.join(free)} is not fixed, and kernels are tiled for one size; trace without --dynamic"
+    return None
+
+
+def _argument_refusal(node: Node, graph: Graph) -> str | None:
+    params = {param.name for param in graph.params}
+    for key in {**CONSTANTS, **_STATISTICS}.get(node.op, ()):
+        value = node.args.get(key)
+        if isinstance(value, Ref) and value.name not in params:
+            return f"{key} is computed at run time; materialize the program first"
+    if node.args.get("training") is True:
+        return "it normalizes by statistics of the batch; trace the model in eval mode"
+    shape = node.args.get("normalized_shape")
+    if node.op == "aten.rms_norm" and isinstance(shape, tuple) and len(shape) != 1:
+        return f"it normalizes over {len(shape)} axes, the kernel over the last; reshape before it"
     return None
 
 

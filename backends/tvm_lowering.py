@@ -98,7 +98,8 @@ class _Lowering:
 
     def _either_form(self, node: torch.fx.Node, importer: Any, convert: Callable[[torch.fx.Node], Any]) -> Any:
         inputs = node.all_input_nodes
-        if not inputs or any(one not in self.channels_last for one in inputs):
+        alike = len({len(_shape(one)) for one in inputs}) == 1
+        if not alike or any(one not in self.channels_last for one in inputs):
             return convert(node)
         before = {one: importer.env[one] for one in inputs}
         importer.env.update({one: self.channels_last[one] for one in inputs})
@@ -164,8 +165,10 @@ class _Lowering:
         given = _arguments(node)
         weight = self.constants.get(given["weight"].name)
         plain = not given.get("transposed", False) and not isinstance(given["padding"], str)
-        if weight is None or given["groups"] != 1 or not plain or _dtype(node) != torch.float32:
+        batched = weight is not None and len(_shape(given["input"])) == weight.ndim
+        if not batched or given["groups"] != 1 or not plain or _dtype(node) != torch.float32:
             return importer.create_convert_map()[_name(node)](node)
+        assert weight is not None
         rank = weight.ndim - 2
         sides = {key: _repeated(given[key], rank) for key in ("stride", "padding", "dilation")}
         input = self._last(given["input"], importer)
@@ -272,11 +275,11 @@ class _Lowering:
         if masked or len(_shape(given["query"])) != 4 or _dtype(node) != torch.float32:
             return importer.create_convert_map()[_name(node)](node)
         read = [given[key] for key in ("query", "key", "value")]
-        swapped = [_swaps_heads(one) for one in read]
-        tensors = [importer.env[one.args[0] if swaps else one] for one, swaps in zip(read, swapped, strict=True)]
+        query, key, value = (_swaps_heads(one) for one in read)
+        tensors = [importer.env[one.args[0] if _swaps_heads(one) else one] for one in read]
         beside = bool(node.users) and all(_swaps_heads(user) for user in node.users)
         scale = _shape(given["query"])[-1] ** -0.5 if given["scale"] is None else given["scale"]
-        function = partial(tvm_attention.attention, scale=scale, swapped=(*swapped, beside))
+        function = partial(tvm_attention.attention, scale=scale, swapped=(query, key, value, beside))
         made = _emit(importer, function, *tensors, *([] if lengths is None else [importer.env[lengths]]))
         if not beside:
             return made
@@ -303,7 +306,8 @@ class _Lowering:
         """Residual plus gated input, which TVM fuses with what gives the input."""
         from tvm import relax
 
-        residual, input, gate = (importer.env[one] for one in node.all_input_nodes)
+        given = _arguments(node)
+        residual, input, gate = (importer.env[given[key]] for key in ("residual", "input", "gate"))
         return _add(importer, residual, importer.block_builder.emit(relax.op.multiply(input, gate)))
 
     def norm_rope(self, node: torch.fx.Node, importer: Any) -> Any:

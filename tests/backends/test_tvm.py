@@ -152,6 +152,32 @@ def test_lengths_hide_keys_and_no_key_gives_zeros(cpu: Target, tmp_path: Path) -
     assert found[1].abs().max() == 0
 
 
+@pytest.mark.parametrize("given", ["is_causal=True", "attn_mask=%mask"])
+def test_attention_with_another_mask_is_exact_too(given: str, cpu: Target, tmp_path: Path) -> None:
+    text = f"""graph masked {{
+      input %q: f32[2, 2, 9, 16]
+      input %k: f32[2, 2, 9, 16]
+      input %mask: f32[2, 1, 9, 9]
+      %y: f32[2, 2, 9, 16] = aten.scaled_dot_product_attention(query=%q, key=%k, value=%k, {given})
+      return %y
+    }}"""
+    program = random_program(text)
+    inputs = example_inputs(program.graph)
+    assert agreement.error(built(program, cpu, tmp_path)(*inputs), answers(program, *inputs)) < 1e-6
+
+
+def test_a_residual_may_be_its_own_input(cpu: Target, tmp_path: Path) -> None:
+    text = """graph g {
+      input %x: f32[2, 3, 8]
+      input %gate: f32[2, 1, 8]
+      %y: f32[2, 3, 8] = intarsia.gated_residual(residual=%x, input=%x, gate=%gate)
+      return %y
+    }"""
+    program = random_program(text)
+    inputs = example_inputs(program.graph)
+    assert agreement.error(built(program, cpu, tmp_path)(*inputs), answers(program, *inputs)) < 1e-6
+
+
 @pytest.mark.parametrize("op", ["exp", "sigmoid", "silu", "tanh", "erf", "gelu"])
 def test_functions_of_one_number_agree_over_their_range(op: str, cpu: Target, tmp_path: Path) -> None:
     text = f"graph g {{\n input %x: f32[4001]\n %y: f32[4001] = aten.{op}(self=%x)\n return %y\n}}"
@@ -178,10 +204,13 @@ def test_all_that_cannot_be_lowered_is_told_before_anything_is_built(cpu: Target
       %b: f16[4] = aten.relu(self=%h)
       %c: f32[N] = aten.relu(self=%n)
       %d: f32[4] = aten.special_bessel_j0(self=%x)
-      return %a, %b, %c, %d
+      %e: f64[4] = aten.to.dtype(self=%x, dtype=torch.float64)
+      %f: f64[4] = aten.rms_norm(input=%e, normalized_shape=[4])
+      return %a, %b, %c, %d, %f
     }"""
     found = [str(one) for one in refusals(TvmBackend(), Graph.parse(text), cpu)]
-    assert len(found) == 4
+    assert len(found) == 5
+    assert any("%f: its kernel computes in f32" in one for one in found)
     assert any("%b: element type f16 has no fast kernel" in one for one in found)
     assert any("%c: size N is not fixed" in one for one in found)
     assert any("TVM's importer has no aten.special_bessel_j0.default" in one for one in found)
