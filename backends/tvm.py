@@ -31,9 +31,8 @@ DTYPES = ("f32", "f64", "i64", "i32", "i16", "i8", "u8", "b1")
 ARCHITECTURES = ("x86-64-v3", "x86-64-v4")
 """What LLVM is told of a CPU."""
 
-
 _NORM = ("weight", "bias", "running_mean", "running_var")
-_STATISTICS = {"aten.batch_norm": _NORM, "aten._native_batch_norm_legit_no_training": _NORM}
+_CONSTANTS = {**CONSTANTS, "aten.batch_norm": _NORM, "aten._native_batch_norm_legit_no_training": _NORM}
 
 
 @dataclass(frozen=True)
@@ -149,10 +148,12 @@ def _type_refusal(node: Node, graph: Graph) -> str | None:
 
 def _argument_refusal(node: Node, graph: Graph) -> str | None:
     params = {param.name for param in graph.params}
-    for key in {**CONSTANTS, **_STATISTICS}.get(node.op, ()):
+    for key in _CONSTANTS.get(node.op, ()):
         value = node.args.get(key)
         if isinstance(value, Ref) and value.name not in params:
             return f"{key} is computed at run time; materialize the program first"
+    if node.op.startswith("intarsia.linear_") and len(graph.type(node.ref("input")).shape) < 2:
+        return "its input has one axis, the kernel multiplies matrices; unsqueeze it"
     if node.args.get("training") is True:
         return "it normalizes by statistics of the batch; trace the model in eval mode"
     shape = node.args.get("normalized_shape")

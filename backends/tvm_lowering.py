@@ -130,7 +130,7 @@ class _Lowering:
         given = _arguments(node)
         input, weight, bias = given["input"], given["weight"], given["bias"]
         constant = self.constants.get(weight.name)
-        if constant is None or _dtype(node) != torch.float32:
+        if constant is None or len(_shape(input)) < 2 or _dtype(node) != torch.float32:
             return importer.create_convert_map()[_name(node)](node)
         made = self._packed_linear(importer, importer.env[input], constant)
         return made if bias is None else _add(importer, made, importer.env[bias])

@@ -25,7 +25,6 @@ SMALLEST_TASK = 16 * 1024
 FEWEST_TASKS = 16
 """Tasks below which a product is cut along its columns too, so that no thread waits long for another."""
 
-
 ATTENTION_ROWS = 64
 """Queries that one task takes, so that there are several tasks to a head."""
 
@@ -132,7 +131,7 @@ def _tiles(schedule: Any, name: str, *, bytes_per_input: int, tiling: Callable[[
 
 
 def _grouped(schedule: Any, block: Any) -> list[Any]:
-    """Spatial loops of a product, a unit row added to a single one, then the list of its reduction loops."""
+    """Spatial loops of a product, rows and columns last, then the list of its reduction loops."""
     loops = schedule.get_loops(block)
     spatial = sum(_is_spatial(var) for var in schedule.get(block).iter_vars)
     return [*loops[:spatial], loops[spatial:]]

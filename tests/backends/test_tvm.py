@@ -166,6 +166,18 @@ def test_attention_with_another_mask_is_exact_too(given: str, cpu: Target, tmp_p
     assert agreement.error(built(program, cpu, tmp_path)(*inputs), answers(program, *inputs)) < 1e-6
 
 
+def test_a_vector_and_a_matrix_are_multiplied(cpu: Target, tmp_path: Path) -> None:
+    text = """graph g {
+      input %x: f32[8]
+      param %w: f32[5, 8]
+      %y: f32[5] = aten.linear(input=%x, weight=%w)
+      return %y
+    }"""
+    program = random_program(text)
+    inputs = example_inputs(program.graph)
+    assert agreement.error(built(program, cpu, tmp_path)(*inputs), answers(program, *inputs)) < 1e-6
+
+
 def test_a_residual_may_be_its_own_input(cpu: Target, tmp_path: Path) -> None:
     text = """graph g {
       input %x: f32[2, 3, 8]
