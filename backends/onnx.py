@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from intarsia import kernels
-from intarsia.backends.base import Backend, Built, Engine, require_support
+from intarsia.backends.base import Backend, Built, Engine, cores, require_support
 from intarsia.ir.errors import MissingEnvironment, QualityError, Unsupported, UsageError
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.operators import resolve
@@ -94,7 +93,7 @@ class OnnxEngine(Engine):
     """An ONNX Runtime session."""
 
     def __init__(self, path: Path, *, unpacked: bool = True, threads: int | None = None) -> None:
-        self._threads = threads or _cores()
+        self._threads = threads or cores()
         self._session = _session(path, unpacked, self._threads)
         self._names = [value.name for value in self._session.get_inputs()]
 
@@ -117,11 +116,6 @@ class OnnxEngine(Engine):
         import onnxruntime
 
         return f"CPU, {self._threads} threads, ONNX Runtime {onnxruntime.__version__}"
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _session(path: Path, unpacked: bool, threads: int) -> onnxruntime.InferenceSession:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.backends.base import Engine
+from intarsia.backends.base import Engine, cores
 from intarsia.ir.errors import MissingEnvironment, QualityError, UsageError
 from intarsia.ir.operators import DTYPE_NAMES
 from intarsia.ir.types import TensorType
@@ -19,9 +20,10 @@ NEEDED = {"x86-64-v3": ("avx2", "fma"), "x86-64-v4": ("avx512f", "avx512bw", "av
 
 
 class TvmEngine(Engine):
-    """TVM's virtual machine with a library of ours."""
+    """TVM's virtual machine with a library of ours, on all cores that the process may use unless told otherwise."""
 
     def __init__(self, path: Path, facts: Mapping[str, Any], *, threads: int | None = None) -> None:
+        _set_threads()
         import tvm
         from tvm import relax
 
@@ -60,6 +62,17 @@ class TvmEngine(Engine):
         if self._device.dlpack_device_type() == 1:
             return f"CPU, {self._threads} threads, TVM {self._version}"
         return f"{self._device.device_name}, TVM {self._version}"
+
+
+def _set_threads() -> None:
+    """Have TVM use the cores that it may, and leave threads where they are; it looks once, when it first computes.
+
+    Left alone it takes half of the cores for hyperthreads, and pins the calling thread to one core, and with it
+    whatever the process starts from then on.
+    """
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ.setdefault("TVM_NUM_THREADS", str(cores()))
 
 
 def _require_instructions(architecture: str) -> None:

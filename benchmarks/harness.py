@@ -29,7 +29,7 @@ PACKAGES = (
     "transformers",
     "triton",
     "apache-tvm",
-    "tensorrt_rtx",
+    "tensorrt-rtx-cu13",
 )
 
 Figures = Mapping[str, float]

@@ -119,14 +119,17 @@ def test_wan_mini_runs_in_a_fresh_process_as_eagerly(cpu: Target, tmp_path: Path
     inputs = example_inputs(fused.graph)
     save_weights({str(index): tensor for index, tensor in enumerate(inputs)}, tmp_path / "inputs")
     script = f"""
+import os
 from pathlib import Path
 from safetensors.torch import load_file, save_file
+cores = os.sched_getaffinity(0)
 from intarsia.backends.base import find_backend
 folder = Path({str(tmp_path)!r})
 inputs = load_file(folder / "inputs")
 engine = find_backend("tvm").load(folder, {files!r})
 answers = engine(*(inputs[str(index)] for index in range(len(inputs))))
 save_file({{"answer": answers[0]}}, folder / "answer")
+assert os.sched_getaffinity(0) == cores, "the engine has pinned the process"
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
     from safetensors.torch import load_file
