@@ -346,17 +346,17 @@ def bench(
     if Path(subject).is_dir():
         bundle = load_bundle(Path(subject))
         chosen = bundle.choose(engine)
-        timed, inputs, title = chosen.engine, bundle.sample.inputs, chosen.name
+        timed, inputs, title, why = chosen.engine, bundle.sample.inputs, chosen.name, chosen.why
     elif engine:
         raise UsageError(f"{subject} is no bundle, whose engine {engine} could be timed; a model runs eagerly")
     else:
         found = _resolve(subject, None, progress)
-        timed, title = NullEngine(materialize(found.program)), "eager"
+        timed, title, why = NullEngine(materialize(found.program)), "eager", "a model, which PyTorch runs"
         inputs = sample_inputs(found) or example_inputs(found.program.graph, seed=seed)
     progress.start("time engine", None)
     timing = time_engine(timed, inputs, repeats=repeats)
     progress.finish()
-    return {"what": str(subject), "engine": title, **asdict(timing), "threads": torch.get_num_threads()}
+    return {"what": str(subject), "engine": title, "why": why, **asdict(timing), "threads": torch.get_num_threads()}
 
 
 def _prepared(program: Program, backend: Backend, target: Target) -> Program:

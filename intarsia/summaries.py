@@ -247,7 +247,8 @@ def timed(facts: Mapping[str, Any]) -> Lines:
     """What the clock said of an engine."""
     spread = f"quartiles {duration(facts['low'])} to {duration(facts['high'])}"
     return [
-        f"{facts['what']}: {duration(facts['seconds'])} a call, {spread}, {facts['repeats']} calls; {facts['device']}"
+        f"{facts['what']}: {duration(facts['seconds'])} a call, {spread}, {facts['repeats']} calls; {facts['device']}",
+        f"engine     {facts['engine']}: {facts['why']}",
     ]
 
 
