@@ -42,7 +42,7 @@ SAMPLE = "sample.safetensors"
 FRAMES = "frames.png"
 CONFIG = "config.json"
 PREFERENCE = ("tensorrt", "triton", "onnx", "tvm", "null")
-"""Which engine of several is taken: on a GPU before on the CPU, and there the faster one; others come last, by name."""
+"""Which engine of several is taken: those of a GPU first, as docs/decisions/008 says; others come last, by name."""
 
 
 @dataclass(frozen=True)
