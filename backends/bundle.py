@@ -41,6 +41,7 @@ SAMPLER = "sampler.json"
 SAMPLE = "sample.safetensors"
 FRAMES = "frames.png"
 CONFIG = "config.json"
+
 PREFERENCE = ("tensorrt", "triton", "onnx", "tvm", "null")
 """Which engine of several is taken: those of a GPU first, as docs/decisions/008 says; others come last, by name."""
 

@@ -21,6 +21,9 @@ MANIFEST = "manifest.json"
 MEASUREMENTS = "measurements.json"
 REPORT = "report.html"
 
+OWN = "its own"
+"""What a manifest says of an engine's stored answer when the engine itself gave it."""
+
 
 def canonical(data: Mapping[str, object]) -> str:
     """JSON with sorted keys, one line for each key of the first two levels; numbers that JSON lacks become strings."""

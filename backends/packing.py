@@ -32,6 +32,7 @@ from intarsia.backends.bundle import (
 from intarsia.backends.manifest import (
     MANIFEST,
     MEASUREMENTS,
+    OWN,
     REPORT,
     SCHEMA,
     canonical,
@@ -181,7 +182,7 @@ class _Made:
 
     def claims(self) -> dict[str, object]:
         """Its entry in the manifest."""
-        sample = "its own" if not self.obstacle else f"not run: {self.obstacle}"
+        sample = OWN if not self.obstacle else f"not run: {self.obstacle}"
         if self.chosen and self.chosen.on_reference:
             sample = f"its reference's: {self.obstacle}"
         return {

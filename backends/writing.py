@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,6 +22,8 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.
 def new_folder(folder: Path, *, marker: str) -> Iterator[Path]:
     """A sibling of ``folder`` to write into, which takes its place when the block ends well and goes when it does not.
 
+    What a process of this machine left of an earlier attempt, because it was killed, goes first.
+
     Args:
         folder: Where the result goes. What is there stays until the new folder is complete.
         marker: A file whose presence says that an existing folder is one of ours and may be replaced.
@@ -30,16 +34,39 @@ def new_folder(folder: Path, *, marker: str) -> Iterator[Path]:
     """
     folder = folder.absolute()
     check_destination(folder, marker=marker)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f"{_unfinished(folder)}{os.getpid()}")
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_abandoned(folder)
         try:
             partial.mkdir()
             yield partial
             _take_place(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _unfinished(folder: Path) -> str:
+    """How unfinished folders for ``folder`` are called on this machine, up to the process's number."""
+    return f".{folder.name}.partial-{platform.node()}-"
+
+
+def _remove_abandoned(folder: Path) -> None:
+    prefix = _unfinished(folder)
+    for path in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        number = path.name.removeprefix(prefix)
+        if number.isdecimal() and (int(number) == os.getpid() or not _is_running(int(number))):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def check_destination(folder: Path, *, marker: str) -> None:

@@ -96,12 +96,15 @@ def page_of(folder: Path) -> Page:
         command=str(manifest["command"]),
         identity=(
             ("target", f"{target['name']}: {target['summary']}"),
-            *((f"engine of {name}", f"{one['backend']}: {one['check']}") for name, one in manifest["engines"].items()),
+            *(
+                (f"engine of {name}", f"{one['backend']}: {one['check']}; the stored answer is {one['sample']}")
+                for name, one in manifest["engines"].items()
+            ),
             *((name, str(text)) for name, text in manifest.get("fingerprints", {}).items() if text),
             *(
-                (f"{backend}: {name}", str(text))
+                (f"{backend}: {name}", _as_text(value))
                 for backend, one in manifest["engines"].items()
-                for name, text in one["info"].items()
+                for name, value in one["info"].items()
             ),
         ),
         versions=tuple((name, str(text)) for name, text in manifest.get("versions", {}).items()),
@@ -125,12 +128,14 @@ def _verdict(facts: Facts) -> str:
     before, after = facts.predicted.get("baseline_bytes"), facts.predicted.get("bytes")
     slow, fast = facts.predicted.get("baseline_seconds"), facts.predicted.get("seconds")
     gains: list[str] = []
-    if before and after:
+    if before and after and before != after:
         gains.append(f"its weights are {ratio(before, after)} smaller")
-    if slow and fast:
+    if slow and fast and slow != fast:
         gains.append(f"it is predicted to run {speed(slow, fast)}")
     text = f"An engine for {facts.backends}"
-    text += f": {' and '.join(gains)}." if gains else "."
+    text += f": {' and '.join(gains)}." if gains else ", of the model as it is."
+    if facts.not_run:
+        text += f" Built and checked, not run where it was made: {', '.join(facts.not_run)}."
     if facts.quality:
         name = next(iter(facts.goal), next(iter(facts.quality)))
         values = facts.quality[name]
@@ -146,7 +151,8 @@ def _cards(facts: Facts) -> tuple[Card, ...]:
     predicted = facts.predicted
     if predicted.get("baseline_bytes") and predicted.get("bytes"):
         before, after = predicted["baseline_bytes"], predicted["bytes"]
-        cards.append(Card("Weights", f"{ratio(before, after)} smaller", f"{size(before)} to {size(after)}"))
+        change = "as before" if before == after else f"{ratio(before, after)} smaller"
+        cards.append(Card("Weights", change, f"{size(before)} to {size(after)}"))
     cards.append(Card("Engine on disk", size(facts.engine_bytes), f"the files of {facts.backends}"))
     if predicted.get("baseline_seconds") and predicted.get("seconds"):
         before, after = predicted["baseline_seconds"], predicted["seconds"]

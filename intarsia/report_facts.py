@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intarsia.backends.manifest import OWN
 from intarsia.ir.errors import UsageError
 from intarsia.ir.plan import Plan
 
@@ -50,6 +51,11 @@ class Facts:
     def engine_bytes(self) -> int:
         """Size of the engines' files."""
         return sum(entry["bytes"] for name, entry in self.manifest["files"].items() if name.startswith("engine/"))
+
+    @property
+    def not_run(self) -> tuple[str, ...]:
+        """Backends whose engines did not run where the bundle was made."""
+        return tuple(name for name, one in self.manifest["engines"].items() if one["sample"] != OWN)
 
     @property
     def on_reference(self) -> bool:

@@ -207,7 +207,8 @@ def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:
         lines.append(f"engine     {name}: {claims['check']}; the stored answer is {claims['sample']}")
     if "baseline_bytes" in predicted:
         before, after = predicted["baseline_bytes"], predicted["bytes"]
-        lines.append(f"weights    {size(before)} to {size(after)}, {ratio(before, after)} smaller")
+        change = f"{size(before)}, as before" if before == after else f"{size(before)} to {size(after)}"
+        lines.append(f"weights    {change}" + ("" if before == after else f", {ratio(before, after)} smaller"))
         lines.append(f"predicted  {_faster(predicted['baseline_seconds'], predicted['seconds'])} on {target}")
     if "engine" in measured and "eager" in measured:
         timing = _faster(measured["eager"]["seconds"], measured["engine"]["seconds"])

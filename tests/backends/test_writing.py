@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,3 +113,21 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     replace_files(tmp_path, {"a": "fresh", "b": "more"})
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "fresh", "b": "more"}
+
+
+def test_what_a_killed_process_left_goes_with_the_next_attempt(tmp_path: Path) -> None:
+    """And what a process that still runs is writing, or another machine's, stays."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    left = tmp_path / f".out.partial-{platform.node()}-{child.pid}"
+    others = [
+        tmp_path / f".out.partial-{platform.node()}-{os.getppid()}",
+        tmp_path / f".out.partial-elsewhere-{child.pid}",
+    ]
+    for path in (left, *others):
+        path.mkdir()
+        (path / "half").write_text("half")
+    with new_folder(tmp_path / "out", marker="done") as partial:
+        (partial / "done").write_text("")
+    assert not left.exists()
+    assert all((path / "half").exists() for path in others)
