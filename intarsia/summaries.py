@@ -249,7 +249,7 @@ def timed(facts: Mapping[str, Any]) -> Lines:
     spread = f"quartiles {duration(facts['low'])} to {duration(facts['high'])}"
     return [
         f"{facts['what']}: {duration(facts['seconds'])} a call, {spread}, {facts['repeats']} calls; {facts['device']}",
-        f"engine     {facts['engine']}: {facts['why']}",
+        f"engine     {facts['why']}",
     ]
 
 
