@@ -158,6 +158,8 @@ def check_engine(folder: Path) -> str:
         for call, launch in calls.items():
             if call not in graph.producers:
                 raise QualityError(f"{folder / ENGINE}: launches %{call} for {architecture}, which the graph has not")
+            if launch not in manual.launches:
+                raise QualityError(f"{folder / ENGINE}: %{call} is launch {launch}, which is not described")
             if manual.kernels.get(f"{launch}.{architecture}") not in manual.compiled:
                 raise QualityError(f"{folder / ENGINE}: launch {launch} has no compiled kernel for {architecture}")
     for name, kernel in manual.compiled.items():
@@ -191,7 +193,8 @@ def _fault(folder: Path, kernel: Kernel, *, architecture: str) -> str | None:
 
 def _symbol_fault(kernel: Kernel, binary: bytes, text: str, architecture: str) -> str | None:
     suffix = kernel.file.rpartition(".")[2]
-    if binary[:4] != b"\x7fELF" or struct.unpack_from("<H", binary, 18)[0] != _MACHINES[suffix]:
+    header = binary[:4] == b"\x7fELF" and len(binary) >= 20
+    if not header or struct.unpack_from("<H", binary, 18)[0] != _MACHINES.get(suffix):
         return f"is no {suffix}: its ELF header says otherwise"
     if kernel.symbol.encode() not in binary:
         return f"holds no symbol {kernel.symbol}"
@@ -201,7 +204,9 @@ def _symbol_fault(kernel: Kernel, binary: bytes, text: str, architecture: str) -
 
 
 def _resource_fault(kernel: Kernel, architecture: str) -> str | None:
-    limit = SHARED_BYTES[architecture]
+    limit = SHARED_BYTES.get(architecture)
+    if limit is None:
+        return f"is for {architecture}, of which nothing is known; {', '.join(SHARED_BYTES)} are"
     if kernel.shared_bytes > limit:
         return f"needs {kernel.shared_bytes:,} bytes of shared memory; {architecture} has {limit:,}"
     if kernel.file.endswith(".cubin") and kernel.registers * kernel.threads > REGISTERS:

@@ -149,6 +149,28 @@ def a_call_that_is_not_there(folder: Path) -> str:
     return "launches %nowhere for sm_90, which the graph has not"
 
 
+def a_launch_that_is_not_described(folder: Path) -> str:
+    data = json.loads((folder / "engine.json").read_text())
+    data["launches"] = {}
+    (folder / "engine.json").write_text(json.dumps(data))
+    return "which is not described"
+
+
+def a_stump(folder: Path) -> str:
+    (path,) = folder.glob("kernels/*.cubin")
+    return rewrite(folder, path, b"\x7fELF") or "is no cubin: its ELF header says otherwise"
+
+
+def an_unknown_architecture(folder: Path) -> str:
+    text = (folder / "engine.json").read_text().replace("sm_90", "sm_77")
+    for path in folder.glob("kernels/*"):
+        path.rename(path.with_name(path.name.replace("sm_90", "sm_77")))
+    (folder / "engine.json").write_text(text)
+    (path,) = folder.glob("kernels/*.ptx")
+    path.write_text(path.read_text().replace("sm_90", "sm_77"))
+    return "is for sm_77, of which nothing is known"
+
+
 def no_json(folder: Path) -> str:
     (folder / "engine.json").write_text("{")
     return "is not what a Triton engine holds"
@@ -169,6 +191,9 @@ def no_graph(folder: Path) -> str:
         edited("shared_bytes", 300_000),
         edited("registers", 255 * 100),
         a_call_that_is_not_there,
+        a_launch_that_is_not_described,
+        a_stump,
+        an_unknown_architecture,
         no_json,
         no_graph,
     ],
