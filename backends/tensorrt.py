@@ -130,11 +130,14 @@ class TensorrtBackend(Backend):
             onnx.checker.check_model(str(folder / MODEL), full_check=True)
         except (OSError, ValueError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise QualityError(f"{folder}: no sound {MODEL} or {script.SETTINGS}: {_line(error)}") from error
-        facts = settings["engine"]
-        if facts is None:
-            return f"typed ONNX is sound; no engine, build it on the target with {SCRIPT}"
-        path = folder / facts["file"]
-        plan = path.read_bytes()
+        try:
+            facts = settings["engine"]
+            if facts is None:
+                return f"typed ONNX is sound; no engine, build it on the target with {SCRIPT}"
+            path = folder / facts["file"]
+            plan = path.read_bytes()
+        except (OSError, KeyError, TypeError) as error:
+            raise QualityError(f"{folder}: {script.SETTINGS} tells of no engine that is here: {error!r}") from error
         if facts["builder"].startswith("tensorrt_rtx") and not is_rtx_plan(plan):
             raise QualityError(f"{path} is no TensorRT-RTX engine, or not all of one; make it again with {SCRIPT}")
         if hashlib.sha256(plan).hexdigest() != facts["sha256"]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from intarsia.backends.base import Engine
 from intarsia.backends.onnx import OnnxEngine
+from intarsia.ir.errors import QualityError
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -30,8 +31,12 @@ class ReferenceEngine(Engine):
 
     def __init__(self, model: Path) -> None:
         import onnx_ir as ir
+        from google.protobuf.message import DecodeError
 
-        found = ir.load(model)
+        try:
+            found = ir.load(model)
+        except DecodeError as error:
+            raise QualityError(f"{model} is no ONNX model: {error}") from error
         self._outputs = [_torch_dtype(value.dtype) for value in found.graph.outputs]
         widen(found)
         with tempfile.TemporaryDirectory() as folder:

@@ -168,6 +168,8 @@ def _facts(folder: Path) -> dict[str, object]:
         facts: dict[str, object] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise QualityError(f"{path} cannot be read: {error}; build the engine again") from error
+    if not isinstance(facts, dict) or not {"kind", "architecture", "inputs"} <= facts.keys():
+        raise QualityError(f"{path} does not say kind, architecture and inputs; build the engine again")
     return facts
 
 

@@ -325,9 +325,15 @@ def test_altered_files_are_one_line(narrow: tuple[Path, Built], tmp_path: Path) 
         with pytest.raises(QualityError, match=said) as caught:
             check(tmp_path, files)
         assert "\n" not in str(caught.value)
+    for settings in ("{}", "[]", '{"engine": {"file": "engine.gone.plan"}}'):
+        (tmp_path / "build.json").write_text(settings)
+        with pytest.raises(QualityError, match=r"build.json tells of no engine that is here"):
+            check(tmp_path, files)
     (tmp_path / "model.onnx").write_bytes(b"no model at all")
     with pytest.raises(QualityError, match=r"no sound model.onnx or build.json"):
         check(tmp_path, files)
+    with pytest.raises(QualityError, match=r"model.onnx is no ONNX model"):
+        TensorrtBackend().load_reference(tmp_path, files)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

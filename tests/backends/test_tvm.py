@@ -259,6 +259,11 @@ def test_a_damaged_library_is_told_and_not_loaded(cpu: Target, tmp_path: Path) -
         library.write_bytes(content)
         with pytest.raises(QualityError, match=said):
             backend.load(tmp_path, files)
+    for facts, said in [("{", "cannot be read"), ("{}", "does not say kind"), ("[]", "does not say kind")]:
+        (tmp_path / "model.json").write_text(facts)
+        for look in (backend.check, backend.load):
+            with pytest.raises(QualityError, match=said):
+                look(tmp_path, files)
 
 
 def test_the_notation_gives_the_options() -> None:
