@@ -27,6 +27,8 @@ OPERATORS: dict[str, str] = {
     "intarsia.dequantize_static": "intarsia.kernels.integers.op",
     "intarsia.requantize": "intarsia.kernels.integers.op",
     "intarsia.attention": "intarsia.kernels.attention.op",
+    "intarsia.block_sparse_attention": "intarsia.kernels.block_sparse_attention.op",
+    "intarsia.integers": "intarsia.kernels.block_sparse_attention.op",
     "intarsia.norm_rope": "intarsia.kernels.norm_rope.op",
     "intarsia.modulated_norm": "intarsia.kernels.modulated_norm.op",
     "intarsia.gated_residual": "intarsia.kernels.gated_residual.op",

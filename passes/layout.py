@@ -87,6 +87,10 @@ COMBINE = frozenset({"aten.add.Tensor", "aten.div.Tensor", "aten.mul.Tensor", "a
 """Operators whose result lies row by row if both operands do, broadcast or not."""
 
 
+TOKENS_FIRST = frozenset({(0, 2, 1, 3)})
+"""Our attention's result: (B, H, S, D) with the heads of a token side by side."""
+
+
 def layouts(graph: Graph) -> Layouts:
     """The orders in which each tensor may lie; inputs and parameters are the caller's, and so absent."""
     known: dict[str, frozenset[Order]] = {}
@@ -167,7 +171,7 @@ _RULES: Mapping[str, Callable[[Node, Layouts], frozenset[Order] | None]] = {
     **dict.fromkeys(COMBINE, _combine),
     "aten.permute": _permute,
     "aten.scaled_dot_product_attention": _attention,
-    "intarsia.attention": lambda node, known: frozenset({(0, 2, 1, 3)}),
+    **dict.fromkeys(("intarsia.attention", "intarsia.block_sparse_attention"), lambda node, known: TOKENS_FIRST),
     "aten.stack": _stack,
 }
 """What is known of a call's result, by operator."""

@@ -1,0 +1,159 @@
+"""Contract of ``intarsia.block_sparse_attention``, and of ``intarsia.integers``, which names heads and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from intarsia.ir.errors import SpecError
+from intarsia.ir.graph import Graph, Node, Ref
+from intarsia.ir.target import Target
+from intarsia.ir.types import TensorType
+from intarsia.kernels import limits
+from intarsia.kernels.attention.op import HEAD_DIMS
+from intarsia.kernels.base import Work, moved_bytes
+from intarsia.kernels.block_sparse_attention import reference
+from intarsia.kernels.block_sparse_attention.order import TokenOrder
+from intarsia.kernels.block_sparse_attention.table import BlockTable
+
+OPS = ("intarsia.block_sparse_attention", "intarsia.integers")
+
+REFERENCES = {
+    "intarsia.block_sparse_attention": reference.block_sparse_attention,
+    "intarsia.integers": reference.integers,
+}
+
+LAUNCHES: Mapping[str, str] = {}
+
+
+@torch.library.custom_op("intarsia::block_sparse_attention", mutates_args=())
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    blocks: str,
+    order: str | None,
+    block_q: int,
+    block_k: int,
+    scale: float | None,
+) -> Tensor:
+    """Attention that computes the blocks of a table only: (B, H, S, D), heads after tokens in memory.
+
+    Shapes and meaning are those of ``reference.block_sparse_attention``.
+    """
+    found = reference.block_sparse_attention(query, key, value, lengths, blocks, order, block_q, block_k, scale)
+    return found.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@block_sparse_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    blocks: str,
+    order: str | None,
+    block_q: int,
+    block_k: int,
+    scale: float | None,
+) -> Tensor:
+    torch._check(query.ndim == 4, lambda: f"block_sparse_attention: query is (B, H, S, D), found {query.ndim} axes")
+    batch, heads, tokens, channels = query.shape
+    torch._check(key.shape == value.shape, lambda: "block_sparse_attention: key and value are alike")
+    torch._check(key.shape[1] == heads, lambda: f"block_sparse_attention: {heads} heads, {key.shape[1]} of keys")
+    reason = _misfit(blocks, order, (int(tokens), int(key.shape[2])), (block_q, block_k))
+    torch._check(reason is None, lambda: f"block_sparse_attention: {reason}")
+    return query.new_empty((batch, tokens, heads, channels)).transpose(1, 2)
+
+
+@torch.library.custom_op("intarsia::integers", mutates_args=())
+def integers(runs: str) -> Tensor:
+    """The numbers that a ``TokenOrder`` text stands for: i64 (N)."""
+    return reference.integers(runs)
+
+
+@integers.register_fake
+def _(runs: str) -> Tensor:
+    return torch.empty(TokenOrder.parse(runs).count, dtype=torch.int64)
+
+
+def why_not(node: Node, graph: Graph, target: Target) -> str | None:
+    """Why the call cannot stand here, or None; GPUs have a kernel for some head dimensions and element types only."""
+    if node.op == "intarsia.integers":
+        return None
+    query, key, value = (graph.type(node.ref(arg)) for arg in ("query", "key", "value"))
+    if not query.dtype == key.dtype == value.dtype:
+        return f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; {node.op} takes one element type"
+    if len(query.shape) != 4 or key.shape != (*query.shape[:2], key.shape[-2], query.shape[3]) or value != key:
+        return f"query is {query}, key {key}, value {value}; {node.op} takes (B, H, S, D) and twice (B, H, T, D)"
+    if not isinstance(query.shape[2], int) or not isinstance(key.shape[2], int):
+        return f"query is {query}, key {key}; {node.op} takes numbers of tokens that are fixed: trace without --dynamic"
+    lengths = node.args.get("lengths")
+    if isinstance(lengths, Ref) and graph.type(lengths.name).dtype not in ("i32", "i64"):
+        return f"lengths is {graph.type(lengths.name).dtype}; {node.op} takes i32, i64"
+    sizes = (block_size(node, "block_q"), block_size(node, "block_k"))
+    reason = _misfit(str(node.args["blocks"]), order_text(node), (query.shape[2], key.shape[2]), sizes)
+    if reason is not None or target.kind not in limits.GPUS:
+        return reason
+    return _no_kernel(node, query)
+
+
+def _no_kernel(node: Node, query: TensorType) -> str | None:
+    if query.shape[3] not in HEAD_DIMS:
+        return f"a head has {query.shape[3]} channels; on a GPU {node.op} takes {', '.join(map(str, HEAD_DIMS))}"
+    return None
+
+
+def work(node: Node, graph: Graph, sizes: Mapping[str, int]) -> Work:
+    """Two products for each pair of a query and a key that the table computes; lengths are not looked at."""
+    if node.op == "intarsia.integers":
+        return Work(0.0, "f32", 0)
+    query, key = graph.type(node.ref("query")), graph.type(node.ref("key"))
+    tokens, keys = cast("int", query.shape[2]), cast("int", key.shape[2])
+    pairs = _pairs(str(node.args["blocks"]), tokens, keys, block_size(node, "block_q"), block_size(node, "block_k"))
+    flops = 4.0 * pairs * node.type.elements(sizes) / tokens
+    return Work(flops, node.type.dtype, moved_bytes(node, graph, sizes))
+
+
+def block_size(node: Node, axis: str) -> int:
+    """Tokens of a block of queries (``block_q``) or of keys (``block_k``)."""
+    return cast("int", node.args[axis])
+
+
+def order_text(node: Node) -> str | None:
+    """The text of the call's order of tokens; None where they stand as they come."""
+    order = node.args.get("order")
+    return None if order is None else str(order)
+
+
+@lru_cache(maxsize=1024)
+def _pairs(blocks: str, queries: int, keys: int, block_q: int, block_k: int) -> int:
+    return BlockTable.parse(blocks).pairs(queries, keys, block_q, block_k)
+
+
+@lru_cache(maxsize=1024)
+def _misfit(blocks: str, order: str | None, tokens: tuple[int, int], sizes: tuple[int, int]) -> str | None:
+    """Why table and order are not of these tokens (queries, keys) in blocks of these sizes; None if they are."""
+    if min(sizes) < 1:
+        return f"blocks are {sizes[0]} queries x {sizes[1]} keys; both are at least 1"
+    try:
+        table = BlockTable.parse(blocks)
+        places = TokenOrder.parse(order) if order is not None else None
+        if places is not None:
+            places.inverse()
+    except (SpecError, ValueError) as error:
+        return str(error)
+    expected = tuple(-(-count // size) for count, size in zip(tokens, sizes, strict=True))
+    if (len(table.rows), table.columns) != expected:
+        return (
+            f"the table has {len(table.rows)} x {table.columns} blocks; {tokens[0]} queries and {tokens[1]} keys in "
+            f"blocks of {sizes[0]} x {sizes[1]} need {expected[0]} x {expected[1]}"
+        )
+    if places is not None and not places.count == tokens[0] == tokens[1]:
+        return f"the order names {places.count} tokens; there are {tokens[0]} queries and {tokens[1]} keys"
+    return None
