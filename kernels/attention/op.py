@@ -55,6 +55,12 @@ def _(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: 
 
 def why_not(node: Node, graph: Graph, target: Target) -> str | None:
     """Why the call cannot stand here, or None; GPUs have a kernel for some head dimensions and element types only."""
+    reason = operands(node, graph)
+    return reason or (no_kernel(node, graph) if target.kind in limits.GPUS else None)
+
+
+def operands(node: Node, graph: Graph) -> str | None:
+    """Why query, key, value and lengths are none of attention; None if they are."""
     query, key, value = (graph.type(node.ref(arg)) for arg in ("query", "key", "value"))
     if not query.dtype == key.dtype == value.dtype:
         return f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; {node.op} takes one element type"
@@ -63,10 +69,11 @@ def why_not(node: Node, graph: Graph, target: Target) -> str | None:
     lengths = node.args.get("lengths")
     if isinstance(lengths, Ref) and graph.type(lengths.name).dtype not in ("i32", "i64"):
         return f"lengths is {graph.type(lengths.name).dtype}; {node.op} takes i32, i64"
-    return _no_kernel(node, graph) if target.kind in limits.GPUS else None
+    return None
 
 
-def _no_kernel(node: Node, graph: Graph) -> str | None:
+def no_kernel(node: Node, graph: Graph) -> str | None:
+    """Why there is no kernel for the call on a GPU; None if there is one."""
     channels, scale = graph.type(node.ref("query")).shape[3], node.args.get("scale")
     if channels not in HEAD_DIMS:
         return f"a head has {channels} channels; on a GPU {node.op} takes {', '.join(map(str, HEAD_DIMS))}"

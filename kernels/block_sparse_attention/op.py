@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from intarsia.ir.errors import SpecError
-from intarsia.ir.graph import Graph, Node, Ref
+from intarsia.ir.graph import Graph, Node
 from intarsia.ir.target import Target
-from intarsia.ir.types import TensorType
 from intarsia.kernels import limits
-from intarsia.kernels.attention.op import HEAD_DIMS
+from intarsia.kernels.attention.op import no_kernel, operands
 from intarsia.kernels.base import Work, moved_bytes
 from intarsia.kernels.block_sparse_attention import reference
 from intarsia.kernels.block_sparse_attention.order import TokenOrder
@@ -86,27 +85,17 @@ def why_not(node: Node, graph: Graph, target: Target) -> str | None:
     """Why the call cannot stand here, or None; GPUs have a kernel for some head dimensions and element types only."""
     if node.op == "intarsia.integers":
         return None
-    query, key, value = (graph.type(node.ref(arg)) for arg in ("query", "key", "value"))
-    if not query.dtype == key.dtype == value.dtype:
-        return f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; {node.op} takes one element type"
-    if len(query.shape) != 4 or key.shape != (*query.shape[:2], key.shape[-2], query.shape[3]) or value != key:
-        return f"query is {query}, key {key}, value {value}; {node.op} takes (B, H, S, D) and twice (B, H, T, D)"
-    if not isinstance(query.shape[2], int) or not isinstance(key.shape[2], int):
-        return f"query is {query}, key {key}; {node.op} takes numbers of tokens that are fixed: trace without --dynamic"
-    lengths = node.args.get("lengths")
-    if isinstance(lengths, Ref) and graph.type(lengths.name).dtype not in ("i32", "i64"):
-        return f"lengths is {graph.type(lengths.name).dtype}; {node.op} takes i32, i64"
+    reason = operands(node, graph) or _table(node, graph)
+    return reason or (no_kernel(node, graph) if target.kind in limits.GPUS else None)
+
+
+def _table(node: Node, graph: Graph) -> str | None:
+    """Why the call's table and order are not of its tokens; None if they are."""
+    tokens, keys = (graph.type(node.ref(arg)).shape[2] for arg in ("query", "key"))
+    if not isinstance(tokens, int) or not isinstance(keys, int):
+        return f"{tokens} queries and {keys} keys; {node.op} takes fixed numbers of tokens: trace without --dynamic"
     sizes = (block_size(node, "block_q"), block_size(node, "block_k"))
-    reason = _misfit(str(node.args["blocks"]), order_text(node), (query.shape[2], key.shape[2]), sizes)
-    if reason is not None or target.kind not in limits.GPUS:
-        return reason
-    return _no_kernel(node, query)
-
-
-def _no_kernel(node: Node, query: TensorType) -> str | None:
-    if query.shape[3] not in HEAD_DIMS:
-        return f"a head has {query.shape[3]} channels; on a GPU {node.op} takes {', '.join(map(str, HEAD_DIMS))}"
-    return None
+    return _misfit(str(node.args["blocks"]), order_text(node), (tokens, keys), sizes)
 
 
 def work(node: Node, graph: Graph, sizes: Mapping[str, int]) -> Work:
