@@ -59,6 +59,10 @@ class FlowMatchEuler:
         linear = torch.linspace(1, 0, self.steps + 1, dtype=torch.float64, device="cpu")
         return self.shift * linear / (1 + (self.shift - 1) * linear)
 
+    def timesteps(self) -> list[float]:
+        """What the network is told at each step, from 1000 down."""
+        return [sigma * TIMESTEPS for sigma in self.sigmas()[:-1].tolist()]
+
     def sample(
         self,
         denoise: Denoise,
