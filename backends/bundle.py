@@ -12,6 +12,9 @@
     measurements.json    what a clock said
     report.html          for people; not there until ``packing.add_report``
 
+Where phases of the loop run different programs, these are of phase 0. The program that phase 1 is the first to run has
+a graph and a sample below ``phase-1/`` and engines in ``engine/<backend>/phase-1/``; the weights of all are together.
+
 The same inputs give the same bytes, but for ``measurements.json``, its line in the manifest, and ``report.html``.
 """
 
@@ -19,26 +22,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from intarsia.backends.base import Backend, Engine, find_backend
 from intarsia.backends.manifest import MEASUREMENTS, fault, read_manifest, read_sealed
+from intarsia.backends.phases import StepRange, joined, of_phase
+from intarsia.backends.variant import Sample, Variant
 from intarsia.ir.errors import MissingEnvironment, QualityError, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
-from intarsia.ir.program import Program, load_weights
+from intarsia.ir.program import Program
 
-GRAPH = "model.graph"
-WEIGHTS = "weights.safetensors"
 PLAN = "plan.json"
 SAMPLER = "sampler.json"
-SAMPLE = "sample.safetensors"
 FRAMES = "frames.png"
 CONFIG = "config.json"
 
@@ -64,18 +64,6 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """Inputs in the graph's order, and what engines and the eager reference answered when the bundle was made.
-
-    ``engines`` lacks an engine that could run neither itself nor on its reference.
-    """
-
-    inputs: tuple[Tensor, ...]
-    engines: Mapping[str, tuple[Tensor, ...]]
-    reference: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
 class Bundle:
     """A bundle on disk; its parts are read, and checked against the manifest, when asked for."""
 
@@ -83,37 +71,35 @@ class Bundle:
     manifest: Mapping[str, Any]
 
     @cached_property
-    def graph(self) -> Graph:
-        """The graph that the engine was built from."""
-        return Graph.parse(self.checked(GRAPH).read_text())
+    def phases(self) -> tuple[StepRange, ...]:
+        """The loop's phases; none where one program runs at every step."""
+        return tuple(StepRange.from_json(one) for one in self.manifest.get("phases", ()))
 
     @cached_property
+    def variants(self) -> tuple[Variant, ...]:
+        """The distinct programs, that of the first step first."""
+        programs = sorted({one.program for one in self.phases} or {0})
+        return tuple(Variant(self, phase, of_phase(self.phases, phase)) for phase in programs)
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that the engine was built from; with phases, that of the first."""
+        return self.variants[0].graph
+
+    @property
     def program(self) -> Program:
         """The reference: the graph with its weights."""
-        return Program(self.graph, load_weights(self.checked(WEIGHTS), self.graph.params))
+        return self.variants[0].program
 
     @cached_property
     def plan(self) -> Plan | None:
         """The decisions; None for an engine of the unchanged model."""
         return Plan.load(self.checked(PLAN)) if PLAN in self.manifest["files"] else None
 
-    @cached_property
+    @property
     def sample(self) -> Sample:
-        """The stored inputs and answers."""
-        from safetensors.torch import load_file
-
-        tensors = load_file(self.checked(SAMPLE))
-        count = len(self.graph.outputs)
-        engines = {
-            name: tuple(tensors[f"engine.{name}.{index}"] for index in range(count))
-            for name in self.engines
-            if f"engine.{name}.0" in tensors
-        }
-        return Sample(
-            tuple(tensors[f"input.{value.name}"] for value in self.graph.inputs),
-            engines,
-            tuple(tensors[f"reference.{index}"] for index in range(count)),
-        )
+        """The stored inputs and answers; with phases, those of the first."""
+        return self.variants[0].sample
 
     @property
     def sampler(self) -> str | None:
@@ -169,7 +155,7 @@ class Bundle:
     def _running(self, names: Sequence[str], obstacles: list[str]) -> Iterator[Chosen]:
         for name in names:
             try:
-                engine = self.backend(name).load(*self._engine_files(name))
+                engine = self._loaded(name, self.backend(name).load)
             except MissingEnvironment as error:
                 obstacles.append(f"{name} does not run here: {error}")
                 continue
@@ -178,16 +164,16 @@ class Bundle:
     def _on_reference(self, names: Sequence[str], obstacles: list[str]) -> Iterator[Chosen]:
         for name in names:
             try:
-                engine = self.backend(name).load_reference(*self._engine_files(name))
+                engine = self._loaded(name, self.backend(name).load_reference)
             except MissingEnvironment as error:
                 obstacles.append(str(error))
                 continue
             said = [*obstacles, f"the reference of {name} runs in its place on {engine.device}"]
             yield Chosen(name, engine, "; ".join(said), on_reference=True)
 
-    def check(self, name: str) -> str:
-        """What the backend can prove of the engine ``name`` without running it; QualityError if it is corrupt."""
-        return self.backend(self.known(name)).check(*self._engine_files(name))
+    def _loaded(self, name: str, load: Callable[[Path, Sequence[str]], Engine]) -> Engine:
+        engines = {variant.phase: load(*variant.engine_files(name)) for variant in self.variants}
+        return joined(engines, self.phases, self.graph)
 
     def known(self, name: str) -> str:
         """``name``; UsageError if the bundle holds no such engine."""
@@ -198,12 +184,6 @@ class Bundle:
     def backend(self, name: str) -> Backend:
         """The backend that made the engine called ``name``, with its options."""
         return find_backend(self.manifest["engines"][name]["backend"])
-
-    def _engine_files(self, name: str) -> tuple[Path, list[str]]:
-        files: list[str] = self.manifest["engines"][name]["files"]
-        for file in files:
-            self.checked(f"engine/{name}/{file}")
-        return self.folder / "engine" / name, files
 
     def checked(self, name: str) -> Path:
         """The path of a file of the bundle; QualityError if it is missing or not what the manifest says."""
@@ -230,10 +210,10 @@ def preference(name: str) -> tuple[int, str]:
     return (PREFERENCE.index(name) if name in PREFERENCE else len(PREFERENCE), name)
 
 
-def fingerprints(program: Program, plan: Plan | None) -> Mapping[str, str | None]:
-    """Twelve hexadecimal digits each for graph, weights and plan."""
-    return {
-        "graph": program.graph.fingerprint,
-        "weights": program.fingerprint(),
-        "plan": hashlib.sha256(plan.to_json().encode()).hexdigest()[:12] if plan else None,
-    }
+def fingerprints(programs: Mapping[int, Program], plan: Plan | None) -> Mapping[str, str | None]:
+    """Twelve hexadecimal digits each for graph and weights of every program, by phase, and for the plan."""
+    found: dict[str, str | None] = {}
+    for phase, program in programs.items():
+        later = f" of phase {phase}" if phase else ""
+        found |= {f"graph{later}": program.graph.fingerprint, f"weights{later}": program.fingerprint()}
+    return {**found, "plan": hashlib.sha256(plan.to_json().encode()).hexdigest()[:12] if plan else None}

@@ -17,6 +17,11 @@ from typing import Any
 from intarsia.ir.errors import QualityError, UsageError
 
 SCHEMA = 2
+"""Of a bundle whose program is the same at every step."""
+
+PHASED_SCHEMA = 3
+"""Of a bundle with phases: a reader that knows ``SCHEMA`` alone would run the first program at every step."""
+
 MANIFEST = "manifest.json"
 MEASUREMENTS = "measurements.json"
 REPORT = "report.html"
@@ -90,8 +95,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} is no bundle: it holds no {MANIFEST}; give a folder that intarsia export wrote")
     data = read_sealed(folder / MANIFEST)
-    if data.get("schema") != SCHEMA:
-        raise UsageError(f"{folder}: manifest of schema {data.get('schema')!r}; this Intarsia reads schema {SCHEMA}")
+    if data.get("schema") not in (SCHEMA, PHASED_SCHEMA):
+        raise UsageError(
+            f"{folder}: manifest of schema {data.get('schema')!r}; "
+            f"this Intarsia reads schemas {SCHEMA} and {PHASED_SCHEMA}"
+        )
     return data
 
 

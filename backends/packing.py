@@ -13,26 +13,12 @@ import torch
 from torch import Tensor
 
 from intarsia.backends import agreement
-from intarsia.backends.base import Backend, Built, require_support
-from intarsia.backends.bundle import (
-    CONFIG,
-    FRAMES,
-    GRAPH,
-    PLAN,
-    SAMPLE,
-    SAMPLER,
-    WEIGHTS,
-    Bundle,
-    Chosen,
-    Sample,
-    fingerprints,
-    load_bundle,
-    preference,
-)
+from intarsia.backends.bundle import CONFIG, FRAMES, PLAN, SAMPLER, Bundle, Chosen, fingerprints, load_bundle
+from intarsia.backends.making import Build, Made, Planned, make_engines, preferred, require_every_support
 from intarsia.backends.manifest import (
     MANIFEST,
     MEASUREMENTS,
-    OWN,
+    PHASED_SCHEMA,
     REPORT,
     SCHEMA,
     canonical,
@@ -41,8 +27,10 @@ from intarsia.backends.manifest import (
     read_sealed,
     sealed,
 )
+from intarsia.backends.phases import StepRange, at_step, of_phase, subfolder
+from intarsia.backends.variant import GRAPH, SAMPLE, WEIGHTS, Sample
 from intarsia.backends.writing import new_folder, replace_files
-from intarsia.ir.errors import MissingEnvironment, QualityError, Unsupported
+from intarsia.ir.errors import QualityError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
 from intarsia.ir.program import Program, example_inputs, save_weights
@@ -61,14 +49,6 @@ _PACKAGES = (
     "torch",
     "triton",
 )
-
-
-@dataclass(frozen=True)
-class Build:
-    """What an engine is made with: a backend, and the program as that backend's passes left it, materialized."""
-
-    backend: Backend
-    program: Program
 
 
 @dataclass(frozen=True)
@@ -93,6 +73,8 @@ def write_bundle(
     plan: Plan | None,
     builds: Sequence[Build],
     target: Target,
+    phases: Sequence[StepRange] = (),
+    later: Mapping[int, Planned] | None = None,
     inputs: Sequence[Tensor] | None = None,
     sampler: str | None = None,
     predicted: Mapping[str, object] | None = None,
@@ -101,7 +83,7 @@ def write_bundle(
     evidence: Callable[[Chosen | None], Evidence] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Bundle:
-    """Build the engines of ``program`` and write the bundle, whole or not at all.
+    """Build the engines of ``program``, and of those of later phases, and write the bundle, whole or not at all.
 
     An engine that this machine cannot run is checked without running it, and its answer to the sample is its
     reference's where it has one; the manifest says so.
@@ -110,7 +92,11 @@ def write_bundle(
         folder: Where it goes; an earlier bundle there is replaced once this one is complete.
         program: Materialized: its weight-only nodes have run.
         builds: The engines, one of each backend.
-        inputs: The stored sample's inputs in the graph's order; random ones of the inputs' types otherwise.
+        phases: The loop's phases, where not every step runs ``program``.
+        later: The programs of later phases by the number of the first phase that runs them. What they call as
+            ``program`` or each other calls it is the same: ``sharing.share_weights`` sees to that.
+        inputs: The stored sample's inputs in the graph's order; random ones of the inputs' types otherwise. Of a
+            bundle with phases each program's timestep is that of the first step that runs it.
         sampler: The denoising loop as JSON.
         predicted: What the cost model says, in seconds and bytes.
         evidence: Looks at the engine that ``Bundle.choose`` would take, or None if neither an engine nor a reference
@@ -124,100 +110,41 @@ def write_bundle(
         MissingEnvironment: The disk is full, or a package that the backend needs is not there.
     """
     say = progress or (lambda _: None)
-    builds = sorted(builds, key=lambda build: preference(build.backend.name))
-    _require_support(builds, target)
-    claimed = fingerprints(program, plan)
+    programs = {0: Planned(program, builds), **(later or {})}
+    require_every_support(programs, target)
+    claimed = fingerprints({phase: planned.program for phase, planned in programs.items()}, plan)
     with new_folder(folder, marker=MANIFEST) as partial:
-        made = [_built(build, target, partial, say) for build in builds]
+        made = make_engines(programs, phases, target=target, folder=partial, progress=say)
         say("write weights")
-        _write_sources(partial, program, plan, sampler, config or {})
+        _write_sources(partial, programs, plan, sampler, config or {})
         say("run sample")
-        sample = _run_sample(program, made, inputs or example_inputs(program.graph))
-        _write_sample(partial, program.graph, sample)
+        inputs = inputs or example_inputs(program.graph)
+        for phase, planned in programs.items():
+            graph = planned.program.graph
+            at = at_step(inputs, graph, phases[phase]) if phases else inputs
+            sample = _run_sample(planned.program, made, at, f"{graph.name}{of_phase(phases, phase)}")
+            _write_sample(partial / subfolder(phase), graph, sample)
         say("measure engine")
-        found = evidence(_preferred(made)) if evidence is not None else Evidence()
+        found = evidence(preferred(made)) if evidence is not None else Evidence()
         if found.frames is not None:
             (partial / FRAMES).write_bytes(found.frames)
         (partial / MEASUREMENTS).write_text(canonical(sealed({"measured": plain(found.measurements), REPORT: None})))
         for path in partial.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors writes files that only their owner can read
         manifest = {
-            "schema": SCHEMA,
+            "schema": PHASED_SCHEMA if phases else SCHEMA,
             "command": command,
-            "engines": {one.build.backend.name: one.claims() for one in made},
+            "engines": {one.backend.name: one.claims() for one in made},
             "target": asdict(target),
             "fingerprints": claimed,
             "predicted": predicted or {},
             "quality": found.quality,
             "versions": _versions(),
             "files": entries_below(partial),
+            **({"phases": [one.to_json() for one in phases]} if phases else {}),
         }
         (partial / MANIFEST).write_text(canonical(sealed(manifest)))
     return load_bundle(folder)
-
-
-def _require_support(builds: Sequence[Build], target: Target) -> None:
-    """Raise Unsupported with what any backend refuses; one backend's own error if only one refuses."""
-    refused: list[Unsupported] = []
-    for build in builds:
-        try:
-            require_support(build.backend, build.program.graph, target)
-        except Unsupported as error:
-            refused.append(error)
-    if len(refused) == 1:
-        raise refused[0]
-    if refused:
-        raise Unsupported("backends cannot build:", [line for error in refused for line in str(error).splitlines()])
-
-
-@dataclass(frozen=True)
-class _Made:
-    """An engine on disk, what was proven of it, and what of it runs here."""
-
-    build: Build
-    built: Built
-    check: str
-    chosen: Chosen | None
-    obstacle: str
-
-    def claims(self) -> dict[str, object]:
-        """Its entry in the manifest."""
-        sample = OWN if not self.obstacle else f"not run: {self.obstacle}"
-        if self.chosen and self.chosen.on_reference:
-            sample = f"its reference's: {self.obstacle}"
-        return {
-            "backend": str(self.build.backend),
-            "check": self.check,
-            "files": list(self.built.files),
-            "info": dict(self.built.info),
-            "sample": sample,
-        }
-
-
-def _built(build: Build, target: Target, partial: Path, say: Callable[[str], None]) -> _Made:
-    backend = build.backend
-    say(f"build engine, {backend.name}")
-    folder = partial / "engine" / backend.name
-    folder.mkdir(parents=True)
-    built = backend.build(build.program, target, folder)
-    say(f"check engine, {backend.name}")
-    check = backend.check(folder, built.files)
-    try:
-        engine = backend.load(folder, built.files)
-        return _Made(build, built, check, Chosen(backend.name, engine, ""), "")
-    except MissingEnvironment as error:
-        obstacle = str(error).replace(f"{partial}/", "")
-    try:
-        engine = backend.load_reference(folder, built.files)
-    except MissingEnvironment:
-        return _Made(build, built, check, None, obstacle)
-    return _Made(build, built, check, Chosen(backend.name, engine, obstacle, on_reference=True), obstacle)
-
-
-def _preferred(made: Sequence[_Made]) -> Chosen | None:
-    """The first that runs itself, else the first whose reference does."""
-    chosen = [one.chosen for one in made if one.chosen]
-    return next((one for one in chosen if not one.on_reference), next(iter(chosen), None))
 
 
 def add_report(bundle: Bundle, html: str) -> Bundle:
@@ -241,10 +168,18 @@ def _rewrite_measurements(bundle: Bundle, data: Mapping[str, object], texts: Map
 
 
 def _write_sources(
-    folder: Path, program: Program, plan: Plan | None, sampler: str | None, config: Mapping[str, object]
+    folder: Path,
+    programs: Mapping[int, Planned],
+    plan: Plan | None,
+    sampler: str | None,
+    config: Mapping[str, object],
 ) -> None:
-    (folder / GRAPH).write_text(str(program.graph))
-    save_weights(program.weights, folder / WEIGHTS)
+    weights: dict[str, Tensor] = {}
+    for phase, planned in programs.items():
+        (folder / subfolder(phase)).mkdir(exist_ok=True)
+        (folder / subfolder(phase) / GRAPH).write_text(str(planned.program.graph))
+        weights |= planned.program.weights
+    save_weights(weights, folder / WEIGHTS)
     (folder / CONFIG).write_text(canonical(config))
     if plan is not None:
         (folder / PLAN).write_text(plan.to_json())
@@ -252,19 +187,19 @@ def _write_sources(
         (folder / SAMPLER).write_text(sampler)
 
 
-def _run_sample(program: Program, made: Sequence[_Made], inputs: Sequence[Tensor]) -> Sample:
+def _run_sample(program: Program, made: Sequence[Made], inputs: Sequence[Tensor], title: str) -> Sample:
     with torch.no_grad():
         reference = tuple(program.module()(*inputs))
     answers = {one.chosen.name: one.chosen.engine(*inputs) for one in made if one.chosen}
     for one in made:
-        name, allowed = one.build.backend.name, one.build.backend.tolerance(program.graph)
+        name, allowed = one.backend.name, one.backend.tolerance(program.graph)
         answer = answers.get(name)
         if answer is None:
             continue
         found = agreement.error(answer, reference)
         if not found <= allowed:
             raise QualityError(
-                f"{program.graph.name}: the answer of {name}'s engine differs from the reference's by {found:.1e}, "
+                f"{title}: the answer of {name}'s engine differs from the reference's by {found:.1e}, "
                 f"{allowed:.0e} is allowed; nothing is written"
             )
     return Sample(tuple(inputs), answers, reference)

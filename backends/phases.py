@@ -91,6 +91,11 @@ def title(ranges: Sequence[StepRange], program: int) -> str:
     return f"phase{'s' if len(numbers) > 1 else ''} {' and '.join(map(str, numbers))} (steps {steps})"
 
 
+def of_phase(phases: Sequence[StepRange], phase: int) -> str:
+    """What is added to the name of something that belongs to one of several programs: ``, phase 1 (steps 4 to 39)``."""
+    return f", {title(phases, phase)}" if phases else ""
+
+
 def _steps(one: StepRange) -> str:
     return str(one.first) if one.first == one.last else f"{one.first} to {one.last}"
 
@@ -140,6 +145,11 @@ def _phases(ranges: Sequence[StepRange], graph: Graph) -> _Phases:
     return _Phases(names.index(TIMESTEP), tuple((min(ends), max(ends)) for ends in rounded))
 
 
+def require_phases(ranges: Sequence[StepRange], graph: Graph) -> None:
+    """Raise PlanError where a call of ``graph`` does not tell to which of the phases it belongs."""
+    _phases(ranges, graph)
+
+
 def by_step(runs: Sequence[Run], ranges: Sequence[StepRange], graph: Graph) -> Run:
     """One network of ``runs``, one a phase: each call goes to the phase whose timesteps are nearest to its own.
 
@@ -183,6 +193,16 @@ class PhasedEngine(Engine):
     def device(self) -> str:
         """The device of the engines, each once."""
         return "; ".join(dict.fromkeys(engine.device for engine in self.engines.values()))
+
+
+def joined(engines: Mapping[int, Engine], ranges: Sequence[StepRange], graph: Graph) -> Engine:
+    """The engines, by the number of the earliest phase that runs them, as one; the only one where there is one."""
+    return PhasedEngine(engines, tuple(ranges), graph) if ranges else engines[0]
+
+
+def subfolder(phase: int) -> str:
+    """Where a bundle keeps what belongs to a program, ``phase-1``; its own folder for that of the first phase."""
+    return f"phase-{phase}" if phase else ""
 
 
 def at_step(inputs: Sequence[Tensor], graph: Graph, one: StepRange) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from intarsia.backends import agreement
 from intarsia.backends.bundle import Bundle, Chosen, fingerprints, load_bundle
 from intarsia.backends.manifest import faults
+from intarsia.backends.variant import Variant
 from intarsia.ir.errors import IntarsiaError, MissingEnvironment, QualityError
 from intarsia.ir.verify import verify
 
@@ -76,13 +77,16 @@ def verify_bundle(
     checking = _Checking(bundle, progress or (lambda _: None))
     checking.done.append(Check("manifest", PASSED, "its text is what its seal says"))
     checking.check("files", partial(_files, bundle))
-    checking.check("graph", partial(_graph, bundle))
+    for variant in bundle.variants:
+        checking.check(f"graph{variant.suffix}", partial(_graph, variant))
     checking.check("fingerprints", partial(_fingerprints, bundle))
     for name in engines:
-        checking.check(f"{name}: structure", partial(bundle.check, name))
-        if chosen := checking.load(name, reference=reference):
-            checking.check(f"{name}: stored sample", partial(_stored_sample, bundle, chosen))
-            checking.check(f"{name}: fresh inputs", partial(_fresh_inputs, bundle, chosen, seed))
+        for variant in bundle.variants:
+            checking.check(f"{name}{variant.suffix}: structure", partial(variant.check, name))
+        chosen = checking.load(name, reference=reference)
+        for variant in bundle.variants if chosen else ():
+            checking.check(f"{name}{variant.suffix}: stored sample", partial(_stored_sample, variant, chosen))
+            checking.check(f"{name}{variant.suffix}: fresh inputs", partial(_fresh_inputs, variant, chosen, seed))
     return VerifyReport(str(folder), tuple(checking.done))
 
 
@@ -123,26 +127,26 @@ def _files(bundle: Bundle) -> str:
     return f"{len(bundle.manifest['files'])} files have the bytes that the manifest says"
 
 
-def _graph(bundle: Bundle) -> str:
-    verify(bundle.graph)
-    return f"{len(bundle.graph.nodes)} nodes, well formed"
+def _graph(variant: Variant) -> str:
+    verify(variant.graph)
+    return f"{len(variant.graph.nodes)} nodes, well formed"
 
 
 def _fingerprints(bundle: Bundle) -> str:
-    found = fingerprints(bundle.program, bundle.plan)
+    found = fingerprints({variant.phase: variant.program for variant in bundle.variants}, bundle.plan)
     for key, claimed in bundle.manifest["fingerprints"].items():
         if found.get(key) != claimed:
             raise QualityError(f"{bundle.folder}: the {key} has fingerprint {found.get(key)}, claimed is {claimed}")
     return ", ".join(f"{key} {value}" for key, value in found.items() if value)
 
 
-def _stored_sample(bundle: Bundle, chosen: Chosen) -> str:
-    sample = bundle.sample
+def _stored_sample(variant: Variant, chosen: Chosen) -> str:
+    sample = variant.sample
     answer = chosen.engine(*sample.inputs)
     stored = sample.engines.get(chosen.name)
     against = [(stored, "its stored answer")] if stored else []
     return "; ".join(
-        _agree(bundle, chosen.name, answer, expected, f"{_subject(chosen)} on the stored sample against {what}")
+        _agree(variant, chosen.name, answer, expected, f"{_subject(chosen)} on the stored sample against {what}")
         for expected, what in (*against, (sample.reference, "the stored reference"))
     )
 
@@ -151,13 +155,13 @@ def _subject(chosen: Chosen) -> str:
     return f"the reference of {chosen.name}" if chosen.on_reference else "the engine"
 
 
-def _fresh_inputs(bundle: Bundle, chosen: Chosen, seed: int) -> str:
+def _fresh_inputs(variant: Variant, chosen: Chosen, seed: int) -> str:
     generator = torch.Generator().manual_seed(seed)
-    inputs = tuple(_like(tensor, generator) for tensor in bundle.sample.inputs)
+    inputs = tuple(_like(tensor, generator) for tensor in variant.sample.inputs)
     with torch.no_grad():
-        reference = tuple(bundle.program.module()(*inputs))
+        reference = tuple(variant.program.module()(*inputs))
     what = f"{_subject(chosen)} on fresh inputs (seed {seed}) against the reference"
-    return _agree(bundle, chosen.name, chosen.engine(*inputs), reference, what)
+    return _agree(variant, chosen.name, chosen.engine(*inputs), reference, what)
 
 
 def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -171,9 +175,10 @@ def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     )
 
 
-def _agree(bundle: Bundle, name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: str) -> str:
-    allowed = bundle.backend(name).tolerance(bundle.graph)
+def _agree(variant: Variant, name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: str) -> str:
+    allowed = variant.bundle.backend(name).tolerance(variant.graph)
     error = agreement.error(found, expected)
     if not error <= allowed:
-        raise QualityError(f"{bundle.folder}: {what} differs by {error:.1e}; {allowed:.0e} is allowed")
+        place = f"{variant.bundle.folder}{variant.suffix}"
+        raise QualityError(f"{place}: {what} differs by {error:.1e}; {allowed:.0e} is allowed")
     return f"{what}: {error:.1e} of {allowed:.0e} allowed"

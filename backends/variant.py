@@ -1,0 +1,92 @@
+"""One program of a bundle: its graph and weights, and what its engines answered to its sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from intarsia.backends.phases import subfolder
+from intarsia.ir.graph import Graph
+from intarsia.ir.program import Program, load_weights
+
+if TYPE_CHECKING:
+    from intarsia.backends.bundle import Bundle
+
+GRAPH = "model.graph"
+WEIGHTS = "weights.safetensors"
+SAMPLE = "sample.safetensors"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs in the graph's order, and what engines and the eager reference answered when the bundle was made.
+
+    ``engines`` lacks an engine that could run neither itself nor on its reference.
+    """
+
+    inputs: tuple[Tensor, ...]
+    engines: Mapping[str, tuple[Tensor, ...]]
+    reference: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A program of a bundle; its parts are read, and checked against the manifest, when asked for.
+
+    Attributes:
+        phase: Number of the first phase that runs it; 0 in a bundle without phases.
+        suffix: What tells it from the others in messages, ``, phase 1 (steps 4 to 39)``; empty where it is the only.
+    """
+
+    bundle: Bundle
+    phase: int
+    suffix: str
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The graph that the engines were built from."""
+        return Graph.parse(self._checked(GRAPH).read_text())
+
+    @cached_property
+    def program(self) -> Program:
+        """The reference: the graph with its weights."""
+        return Program(self.graph, load_weights(self.bundle.checked(WEIGHTS), self.graph.params))
+
+    @cached_property
+    def sample(self) -> Sample:
+        """The stored inputs and answers."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(self._checked(SAMPLE))
+        count = len(self.graph.outputs)
+        engines = {
+            name: tuple(tensors[f"engine.{name}.{index}"] for index in range(count))
+            for name in self.bundle.engines
+            if f"engine.{name}.0" in tensors
+        }
+        return Sample(
+            tuple(tensors[f"input.{value.name}"] for value in self.graph.inputs),
+            engines,
+            tuple(tensors[f"reference.{index}"] for index in range(count)),
+        )
+
+    def check(self, name: str) -> str:
+        """What the backend can prove of the engine ``name`` without running it; QualityError if it is corrupt."""
+        return self.bundle.backend(self.bundle.known(name)).check(*self.engine_files(name))
+
+    def engine_files(self, name: str) -> tuple[Path, list[str]]:
+        """Folder and files of the engine ``name``; QualityError if one is not what the manifest says."""
+        claims: dict[str, Any] = self.bundle.manifest["engines"][name]
+        files: list[str] = (claims["phases"][str(self.phase)] if self.phase else claims)["files"]
+        folder = Path("engine", name, subfolder(self.phase))
+        for file in files:
+            self.bundle.checked((folder / file).as_posix())
+        return self.bundle.folder / folder, files
+
+    def _checked(self, name: str) -> Path:
+        return self.bundle.checked(Path(subfolder(self.phase), name).as_posix())
