@@ -80,6 +80,7 @@ class Kind(StrEnum):
     MODELS = "models"
     TARGETS = "targets"
     PASSES = "passes"
+    PATTERNS = "patterns"
     KERNELS = "kernels"
     BACKENDS = "backends"
 
@@ -158,7 +159,7 @@ def list_(
     kind: Annotated[Kind | None, typer.Argument(help="What to list; everything if left out.")] = None,
     json: AsJson = False,
 ) -> None:
-    """List models, targets, passes, kernels and backends."""
+    """List models, targets, passes, patterns, kernels and backends."""
     from dataclasses import asdict
 
     from intarsia import summaries

@@ -14,12 +14,13 @@ from intarsia.ir.registry import unknown
 _TABLES = {
     "models": ("intarsia.models.base", "MODELS"),
     "passes": ("intarsia.passes.base", "PASSES"),
+    "patterns": ("intarsia.passes.patterns.base", "PATTERNS"),
     "kernels": ("intarsia.kernels", "OPERATORS"),
     "backends": ("intarsia.backends.base", "BACKENDS"),
 }
 """Module and variable of each registry, a plain table from name to import path."""
 
-KINDS = ("models", "targets", "passes", "kernels", "backends")
+KINDS = ("models", "targets", "passes", "patterns", "kernels", "backends")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,10 @@ from intarsia.passes.patterns.grid import Blocks, Grid
 
 @dataclass(frozen=True)
 class Dense(Pattern):
-    """All blocks. Source: Sparse-vDiT (arXiv 2506.03065), section 4.2, mode 0."""
+    """All blocks.
+
+    Source: Sparse-vDiT (arXiv 2506.03065), section 4.2, mode 0.
+    """
 
     name: ClassVar[str] = "dense"
 

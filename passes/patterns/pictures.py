@@ -22,25 +22,26 @@ FRAMES, TEXT = ((196, 190, 178), (222, 217, 207)), (200, 96, 40)  # frames by tu
 
 
 def picture(mask: Mask, *, pixels: int = 192) -> bytes:
-    """A PNG: the mask over tokens left, the blocks over positions right, queries downwards and keys to the right.
+    """A PNG: the mask over tokens left, over positions right, queries downwards and keys to the right.
 
     A pixel is as dark as the share of its pairs that is computed. The strips at the left and the top show frames by
     turns in two greys, and text in orange; over positions, where the order mixes frames, they show text only.
 
     Args:
-        pixels: Width and height of each of the two squares at most; a square that shows fewer tokens or blocks shows
-            each as a whole number of pixels.
+        pixels: Width and height of each of the two squares.
     """
     from PIL import Image, ImageDraw
 
-    over_tokens = _square(token_shares(mask, pixels), _token_strip(mask), pixels)
-    over_blocks = _square(block_shares(mask, pixels), _block_strip(mask), pixels)
-    width = 2 * max(over_tokens.width, over_blocks.width, pixels) + 3 * GAP
-    sheet = Image.new("RGB", (width, max(over_tokens.height, over_blocks.height) + 2 * LINE + 2 * GAP), "white")
+    squares = {
+        "tokens": _square(token_shares(mask, pixels), _token_strip(mask), pixels),
+        _about_blocks(mask): _square(position_shares(mask, pixels), _position_strip(mask), pixels),
+    }
+    side = pixels + EDGE + 1
+    sheet = Image.new("RGB", (2 * side + 3 * GAP, side + 2 * LINE + 2 * GAP), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP // 2), f"{mask.pattern}: {mask.density:.1%}", fill="black")
-    right = (width + GAP) // 2
-    for left, words, square in ((GAP, "tokens", over_tokens), (right, _about_blocks(mask), over_blocks)):
+    for number, (words, square) in enumerate(squares.items()):
+        left = GAP + number * (side + GAP)
         pen.text((left, GAP // 2 + LINE), words, fill="gray")
         sheet.paste(square, (left, GAP + 2 * LINE))
     buffer = io.BytesIO()
@@ -48,36 +49,31 @@ def picture(mask: Mask, *, pixels: int = 192) -> bytes:
     return buffer.getvalue()
 
 
-def token_shares(mask: Mask, pixels: int) -> NDArray[np.float64]:
-    """The share of pairs that is computed, over tokens cut into at most ``pixels`` parts along each axis.
+def token_shares(mask: Mask, parts: int) -> NDArray[np.float64]:
+    """The share of pairs that is computed, over tokens cut into at most as many parts along each axis.
 
     Exact, without the mask over all tokens: tokens of a part are counted by the block that they stand in.
     """
-    count = mask.layout.tokens
-    places = np.arange(count) if mask.order is None else mask.order.inverse()
-    parts = np.arange(count) * min(pixels, count) // count
+    places = np.arange(mask.layout.tokens) if mask.order is None else mask.order.inverse()
     return _shares(mask, parts, places)
 
 
-def block_shares(mask: Mask, pixels: int) -> NDArray[np.float64]:
-    """The share of pairs that is computed, over positions: a cell for each block of keys, at most ``pixels``."""
-    count = mask.layout.tokens
-    places = np.arange(count)
-    blocks = mask.table.columns
-    parts = places // mask.block_k if blocks <= pixels else places * pixels // count
-    return _shares(mask, parts, places)
+def position_shares(mask: Mask, parts: int) -> NDArray[np.float64]:
+    """The share of pairs that is computed, over positions cut into at most as many parts along each axis."""
+    return _shares(mask, parts, np.arange(mask.layout.tokens))
 
 
-def _shares(mask: Mask, parts: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The mean of the mask over pairs of parts, each token of which stands at one of the places."""
-    rows, columns = len(mask.table.rows), mask.table.columns
-    held_q = np.zeros((parts[-1] + 1, rows))
-    held_k = np.zeros((parts[-1] + 1, columns))
-    np.add.at(held_q, (parts, places // mask.block_q), 1)
-    np.add.at(held_k, (parts, places // mask.block_k), 1)
-    held_q /= held_q.sum(axis=1, keepdims=True)
-    held_k /= held_k.sum(axis=1, keepdims=True)
-    return np.asarray(held_q @ mask.table.blocks() @ held_k.T)
+def _shares(mask: Mask, parts: int, places: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The mean of the mask over pairs of parts of a sequence whose tokens stand at these places."""
+    count = len(places)
+    parts = min(parts, count)
+    part = np.arange(count) * parts // count
+    held = []
+    for block, blocks in ((mask.block_q, len(mask.table.rows)), (mask.block_k, mask.table.columns)):
+        counts = np.zeros((parts, blocks))
+        np.add.at(counts, (part, places // block), 1)
+        held.append(counts / counts.sum(axis=1, keepdims=True))
+    return np.asarray(held[0] @ mask.table.blocks() @ held[1].T)
 
 
 def _token_strip(mask: Mask) -> NDArray[np.uint8]:
@@ -90,7 +86,7 @@ def _token_strip(mask: Mask) -> NDArray[np.uint8]:
     return colours
 
 
-def _block_strip(mask: Mask) -> NDArray[np.uint8]:
+def _position_strip(mask: Mask) -> NDArray[np.uint8]:
     """A colour (S, 3) for each position."""
     colours = _token_strip(mask)
     if mask.order is not None:
@@ -104,15 +100,14 @@ def _about_blocks(mask: Mask) -> str:
 
 
 def _square(shares: NDArray[np.float64], strip: NDArray[np.uint8], pixels: int) -> Image:
-    """The shares as a square of cells of a whole number of pixels, with a strip at the left and the top."""
+    """The shares as a square, with a strip at the left and the top."""
     from PIL import Image
 
-    scale = max(1, pixels // len(shares))
-    side = scale * len(shares)
     levels = np.array(PAPER) + shares[..., None] * (np.array(INK, dtype=np.float64) - PAPER)
-    drawn = np.full((side + EDGE + 1, side + EDGE + 1, 3), 255, dtype=np.uint8)
-    drawn[EDGE + 1 :, EDGE + 1 :] = np.kron(levels.round().astype(np.uint8), np.ones((scale, scale, 1), dtype=np.uint8))
-    ticks = strip[(np.arange(side) * len(strip) // side)]
+    cells = np.arange(pixels) * len(shares) // pixels
+    ticks = strip[np.arange(pixels) * len(strip) // pixels]
+    drawn = np.full((pixels + EDGE + 1, pixels + EDGE + 1, 3), 255, dtype=np.uint8)
+    drawn[EDGE + 1 :, EDGE + 1 :] = levels.round().astype(np.uint8)[np.ix_(cells, cells)]
     drawn[:EDGE, EDGE + 1 :] = ticks[None]
     drawn[EDGE + 1 :, :EDGE] = ticks[:, None]
     return Image.fromarray(drawn)

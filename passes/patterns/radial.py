@@ -46,4 +46,6 @@ class Radial(Pattern):
         block = max(block_q, block_k)
         thinned = np.where(frames > 0, (block << bits) // power_of_two, 0)
         width = np.where((frames > 0) & (places < block), 0, places << bits)
-        return grid.fill(grid.text() | grid.sink(self.sink), np.maximum(thinned, width), self.density)
+        nearness = frames * layout.frame + places  # decides among equals
+        distance = np.maximum(thinned, width) * layout.video + nearness
+        return grid.fill(grid.text() | grid.sink(self.sink), distance, self.density)

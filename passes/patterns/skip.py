@@ -14,7 +14,10 @@ from intarsia.passes.patterns.grid import Blocks, Grid
 
 @dataclass(frozen=True)
 class Skip(Pattern):
-    """No block, so zeros, for text too. Source: Sparse-vDiT (arXiv 2506.03065), section 4.2, mode 1."""
+    """No block, so zeros, for text too.
+
+    Source: Sparse-vDiT (arXiv 2506.03065), section 4.2, mode 1.
+    """
 
     name: ClassVar[str] = "skip"
     may_be_empty: ClassVar[bool] = True

@@ -137,13 +137,14 @@ def test_report_writes_a_page_anywhere(optimized: Path, intarsia: Run):
     assert "blocks.0" in Path("pages/tiny.html").read_text()
 
 
-@pytest.mark.parametrize("kind", ["models", "targets", "passes", "kernels", "backends"])
+@pytest.mark.parametrize("kind", ["models", "targets", "passes", "patterns", "kernels", "backends"])
 def test_list_names_what_is_registered(intarsia: Run, kind):
     names = [entry["name"] for entry in document(intarsia("list", kind, "--json"))]
     expected = {
         "models": "wan-mini",
         "targets": "h200",
         "passes": "quantize-linear",
+        "patterns": "vertical-stripe",
         "kernels": "intarsia.linear_i8",
         "backends": "onnx",
     }
@@ -152,7 +153,8 @@ def test_list_names_what_is_registered(intarsia: Run, kind):
 
 
 def test_list_without_a_kind_lists_everything(intarsia: Run):
-    assert set(document(intarsia("list", "--json"))) == {"models", "targets", "passes", "kernels", "backends"}
+    kinds = {"models", "targets", "passes", "patterns", "kernels", "backends"}
+    assert set(document(intarsia("list", "--json"))) == kinds
 
 
 def test_everything_listed_is_what_the_registries_hold(intarsia: Run):
@@ -160,11 +162,13 @@ def test_everything_listed_is_what_the_registries_hold(intarsia: Run):
     from intarsia.backends.base import BACKENDS
     from intarsia.models import names
     from intarsia.passes.base import PASSES
+    from intarsia.passes.patterns.base import PATTERNS
 
     listed = document(intarsia("list", "--json"))
     for kind, known in (
         ("models", names()),
         ("passes", PASSES),
+        ("patterns", PATTERNS),
         ("backends", BACKENDS),
         ("kernels", kernels.OPERATORS),
     ):
