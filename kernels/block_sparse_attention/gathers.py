@@ -92,14 +92,33 @@ class Gathers:
 
     @classmethod
     def of(
-        cls, table: BlockTable, order: TokenOrder | None, *, queries: int, keys: int, block_q: int, block_k: int
+        cls,
+        table: BlockTable,
+        order: TokenOrder | None,
+        *,
+        queries: int,
+        keys: int,
+        block_q: int,
+        block_k: int,
+        most: int | None = None,
     ) -> Self:
-        """The pieces that cost least, by ``COPY`` and ``PIECE``; none is padded beyond ``WASTE``."""
+        """The pieces that cost least, by ``COPY`` and ``PIECE``; none is padded beyond ``WASTE``.
+
+        Args:
+            table: Which blocks of ``block_q`` queries attend to which blocks of ``block_k`` keys.
+            order: The token at each position; None if it is the position.
+            queries: How many there are, S.
+            keys: How many there are, T; S where there is an order.
+            block_q: Queries of a block.
+            block_k: Keys of a block.
+            most: Queries of a group at most; groups that share their keys are not cut without it.
+        """
         cut = table.columns * block_k - keys
         groups = [
-            _Group(part, row, cut if row[-1][1] == table.columns - 1 else 0)
+            _Group(group[first : first + (most or group.size)], row, cut if row[-1][1] == table.columns - 1 else 0)
             for row, parts in _rows(table, queries, block_q).items()
-            for part in _together(row, parts, block_k)
+            for group in _together(row, parts, block_k)
+            for first in range(0, group.size, most or group.size)
         ]
         pieces = tuple(_piece(bucket, block_k) for bucket in _buckets(groups, block_k))
         given = [piece.queries.reshape(-1) for piece in pieces]
@@ -120,49 +139,45 @@ class Gathers:
         return sum(piece.pairs for piece in self.pieces)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Group:
-    """Queries that attend to the same blocks of keys, the last of which is short of ``cut``."""
+    """Queries that attend to the same blocks of keys, the last of which is short of ``cut`` keys."""
 
-    queries: tuple[range, ...]
+    queries: NDArray[np.int64]
     row: tuple[Run, ...]
     cut: int
-
-    @property
-    def size(self) -> int:
-        return sum(map(len, self.queries))
 
     @property
     def count(self) -> int:
         return _count(self.row)
 
 
-def _rows(table: BlockTable, queries: int, block_q: int) -> Mapping[tuple[Run, ...], Sequence[range]]:
+def _rows(table: BlockTable, queries: int, block_q: int) -> Mapping[tuple[Run, ...], Sequence[NDArray[np.int64]]]:
     """The queries of every row that attends to anything, by the row's blocks of keys."""
-    found: Mapping[tuple[Run, ...], list[range]] = defaultdict(list)
+    found: Mapping[tuple[Run, ...], list[NDArray[np.int64]]] = defaultdict(list)
     for number, row in enumerate(table.rows):
         if row:
-            found[row].append(range(number * block_q, min((number + 1) * block_q, queries)))
+            found[row].append(np.arange(number * block_q, min((number + 1) * block_q, queries)))
     return found
 
 
-def _together(row: tuple[Run, ...], parts: Sequence[range], block_k: int) -> Sequence[tuple[range, ...]]:
+def _together(row: tuple[Run, ...], parts: Sequence[NDArray[np.int64]], block_k: int) -> Sequence[NDArray[np.int64]]:
     """The queries of equal rows as one group where that saves more copies than a piece is worth, else one by one."""
     saved = COPY * (len(parts) - 1) * _count(row) * block_k
-    return [tuple(parts)] if saved > PIECE else [(part,) for part in parts]
+    return [np.concatenate(parts)] if saved > PIECE else parts
 
 
 def _buckets(groups: Sequence[_Group], block_k: int) -> Iterator[Sequence[_Group]]:
     """Groups that become one piece: as many queries each, and as many keys or nearly so."""
     alike: Mapping[tuple[int, int], list[_Group]] = defaultdict(list)
     for group in groups:
-        alike[group.size, group.cut].append(group)
+        alike[group.queries.size, group.cut].append(group)
     for (size, _), members in alike.items():
         members.sort(key=lambda group: group.count)
         counts = [group.count for group in members]
         cuts = _cheapest([count * block_k * size for count in counts])
         for first, end in zip([0, *cuts], cuts, strict=False):
-            yield sorted(members[first:end], key=lambda group: group.queries[0].start)
+            yield sorted(members[first:end], key=lambda group: int(group.queries[0]))
 
 
 def _cheapest(pairs: Sequence[int]) -> list[int]:
@@ -181,7 +196,7 @@ def _piece(groups: Sequence[_Group], block: int) -> Piece:
     padding = np.array([count - group.count for group in groups], np.int64)
     blocks = [[group.row[0][0]] * (count - group.count) + _blocks(group.row) for group in groups]
     return Piece(
-        queries=np.array([[place for part in group.queries for place in part] for group in groups], np.int64),
+        queries=np.stack([group.queries for group in groups]),
         blocks=np.array(blocks, np.int64),
         padding=padding if padding.any() else None,
         block=block,
