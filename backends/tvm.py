@@ -65,6 +65,10 @@ class TvmBackend(Backend):
             return reason
         if reason := _argument_refusal(node, graph):
             return reason
+        if node.op == "intarsia.integers":
+            return None  # needs no input, so it has run before anything is built
+        if node.op == "intarsia.block_sparse_attention" and target.kind != "cpu":
+            return "its kernel is for CPUs; for a GPU use backend triton or tensorrt"
         try:
             inputs = tuple((name, graph.type(name)) for name in dict.fromkeys(node.inputs))
             left = _not_lowered(node, inputs, target.kind)

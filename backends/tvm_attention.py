@@ -21,9 +21,9 @@ def attention(
     """
     from tvm import te, tirx
 
-    (batch, heads, rows, depth), query_at = _by_head(query, swapped[0])
-    (_, key_heads, keys, _), key_at = _by_head(key, swapped[1])
-    (*_, channels), value_at = _by_head(value, swapped[2])
+    (batch, heads, rows, depth), query_at = by_head(query, swapped[0])
+    (_, key_heads, keys, _), key_at = by_head(key, swapped[1])
+    (*_, channels), value_at = by_head(value, swapped[2])
     shared = heads // key_heads
     width = 2 * VECTOR
     blocks = -(-keys // width)
@@ -88,7 +88,7 @@ def attention(
     return te.compute((batch, heads, rows, channels), answer, name="attention")
 
 
-def _by_head(tensor: Any, swapped: bool) -> tuple[tuple[int, ...], Callable[..., Any]]:
+def by_head(tensor: Any, swapped: bool) -> tuple[tuple[int, ...], Callable[..., Any]]:
     """Sizes as (B, H, S, D), and how to read an element by its place among them."""
     b, first, second, d = (int(extent) for extent in tensor.shape)
     if swapped:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.backends import tvm_attention, tvm_functions, tvm_integers, tvm_norms, tvm_operators
+from intarsia.backends import tvm_attention, tvm_functions, tvm_integers, tvm_norms, tvm_operators, tvm_sparse
 from intarsia.backends import tvm_nodes as nodes
 
 
@@ -225,24 +225,40 @@ class Converters:
 
     def attention(self, node: torch.fx.Node, importer: Any) -> Any:
         """Softmax attention; transpositions of heads around it are part of how it reads and writes."""
-        from tvm import relax
-
         given = nodes.arguments(node)
         lengths = given.get("lengths")
         masked = given.get("attn_mask") is not None or given.get("is_causal", False) or given.get("dropout_p", 0.0) != 0
         if masked or len(nodes.shape(given["query"])) != 4 or nodes.dtype(node) != torch.float32:
             return importer.create_convert_map()[nodes.name(node)](node)
-        read = [given[key] for key in ("query", "key", "value")]
-        query, key, value = (nodes.swaps_heads(one) for one in read)
-        tensors = [importer.env[one.args[0] if nodes.swaps_heads(one) else one] for one in read]
+        tensors, swapped = zip(*self._operands(node, importer), strict=True)
         beside = bool(node.users) and all(nodes.swaps_heads(user) for user in node.users)
         scale = nodes.shape(given["query"])[-1] ** -0.5 if given["scale"] is None else given["scale"]
-        function = partial(tvm_attention.attention, scale=scale, swapped=(query, key, value, beside))
+        function = partial(tvm_attention.attention, scale=scale, swapped=(*swapped, beside))
         made = _emit(importer, function, *tensors, *([] if lengths is None else [importer.env[lengths]]))
-        if not beside:
-            return made
-        self.heads_beside[node] = made
-        return importer.block_builder.emit(relax.op.permute_dims(made, list(nodes.HEADS)))
+        return self._with_heads_beside(node, importer, made) if beside else made
+
+    def sparse_attention(self, node: torch.fx.Node, importer: Any) -> Any:
+        """Softmax attention to the blocks of a table, in any order of tokens."""
+        given = nodes.arguments(node)
+        lengths = None if given["lengths"] is None else importer.env[given["lengths"]]
+        operands = self._operands(node, importer)
+        made = tvm_sparse.attention(importer.block_builder, given, operands=operands, lengths=lengths)
+        return self._with_heads_beside(node, importer, made)
+
+    def _operands(self, node: torch.fx.Node, importer: Any) -> list[tuple[Any, bool]]:
+        """Query, key and value of an attention, and whether heads are beside the channels of each."""
+        given = nodes.arguments(node)
+        read = [given[key] for key in ("query", "key", "value")]
+        return [
+            (importer.env[one.args[0]], True) if nodes.swaps_heads(one) else (importer.env[one], False) for one in read
+        ]
+
+    def _with_heads_beside(self, node: torch.fx.Node, importer: Any, value: Any) -> Any:
+        """Remember ``value`` as the node's result with heads beside channels; give the result as PyTorch has it."""
+        from tvm import relax
+
+        self.heads_beside[node] = value
+        return importer.block_builder.emit(relax.op.permute_dims(value, list(nodes.HEADS)))
 
     def transposed(self, node: torch.fx.Node, importer: Any) -> Any:
         """A transposition, unless the value is there in the form that it gives."""
@@ -358,6 +374,7 @@ OWN: Mapping[str, tuple[str, dict[str, Any]]] = {
     **{name: ("transposed", {}) for name in ("permute.default", "transpose.int")},
     "scaled_dot_product_attention.default": ("attention", {}),
     "attention.default": ("attention", {}),
+    "block_sparse_attention.default": ("sparse_attention", {}),
     "modulated_norm.default": ("modulated_norm", {}),
     "gated_residual.default": ("gated_residual", {}),
     "norm_rope.default": ("norm_rope", {}),

@@ -222,6 +222,10 @@ def _tile(schedule: Any, block: Any, *, rows: int, column: int) -> None:
     schedule.decompose_reduction(block, reduced)
 
 
+def _as_it_is(schedule: Any, rank: int) -> None:
+    """The function was written with its loops arranged."""
+
+
 def _first_is_head(schedule: Any, result: Any) -> bool:
     """Whether the result is (B, H, S, D): its second axis is what the sums over a row call the head."""
     reads = schedule.get(result).reads
@@ -350,6 +354,7 @@ _RULES: Mapping[str, Callable[[Any, int], None]] = {
     "product": _product,
     "product_i8": _integer_product,
     "attention": _attention,
+    "sparse_attention": _as_it_is,
     "normalized": _rows,
     "rotated": _rows,
 }
