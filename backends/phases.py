@@ -207,7 +207,12 @@ def subfolder(phase: int) -> str:
 
 def at_step(inputs: Sequence[Tensor], graph: Graph, one: StepRange) -> tuple[Tensor, ...]:
     """The inputs with the timestep of the phase's first step."""
+    return at_timestep(inputs, graph, one.timesteps[0])
+
+
+def at_timestep(inputs: Sequence[Tensor], graph: Graph, timestep: float) -> tuple[Tensor, ...]:
+    """The inputs with another timestep in every row."""
     return tuple(
-        torch.full_like(tensor, one.timesteps[0]) if value.name == TIMESTEP else tensor
+        torch.full_like(tensor, timestep) if value.name == TIMESTEP else tensor
         for value, tensor in zip(graph.inputs, inputs, strict=True)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from intarsia.backends.base import Engine
+from intarsia.backends.phases import StepRange, at_step
 from intarsia.backends.writing import new_file
 from intarsia.ir.errors import MissingEnvironment, UsageError
 from intarsia.ir.graph import Graph
@@ -71,6 +72,59 @@ def bench(engine: Engine, inputs: Sequence[Tensor], *, repeats: int = 20, warmup
     seconds = sorted(_seconds(engine, inputs) for _ in range(repeats))
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive") if repeats > 1 else seconds * 3
     return Timing(median, low, high, repeats, engine.device)
+
+
+@dataclass(frozen=True)
+class LoopTiming:
+    """Seconds of the calls of one phase after the other.
+
+    Attributes:
+        phases: The loop's phases; none where every call is alike.
+        calls: What a call of each phase takes; of the only kind of call where there are no phases.
+    """
+
+    phases: tuple[StepRange, ...]
+    calls: tuple[Timing, ...]
+
+    @property
+    def call(self) -> Timing:
+        """One call: median and quartiles, each the mean over all calls of the loop."""
+        if not self.phases:
+            return self.calls[0]
+        steps = sum(one.steps for one in self.phases)
+        mean = {
+            name: sum(one.steps * getattr(call, name) for one, call in zip(self.phases, self.calls, strict=True))
+            / steps
+            for name in ("seconds", "low", "high")
+        }
+        return replace(self.calls[0], **mean)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON values: those of one call, and with phases those of each and the seconds of the whole loop."""
+        if not self.phases:
+            return asdict(self.call)
+        each = [
+            {"first": one.first, "last": one.last, "seconds": call.seconds, "low": call.low, "high": call.high}
+            for one, call in zip(self.phases, self.calls, strict=True)
+        ]
+        loop = sum(one.steps * call.seconds for one, call in zip(self.phases, self.calls, strict=True))
+        return {**asdict(self.call), "phases": each, "loop_seconds": loop}
+
+
+def bench_loop(
+    engine: Engine, inputs: Sequence[Tensor], *, graph: Graph, phases: Sequence[StepRange] = (), repeats: int = 20
+) -> LoopTiming:
+    """How long a call of each phase takes; phases that run the same program are timed once.
+
+    Without phases, one call with ``inputs``, which are in the graph's order.
+    """
+    if not phases:
+        return LoopTiming((), (bench(engine, inputs, repeats=repeats),))
+    timed = {
+        program: bench(engine, at_step(inputs, graph, phases[program]), repeats=repeats)
+        for program in dict.fromkeys(one.program for one in phases)
+    }
+    return LoopTiming(tuple(phases), tuple(timed[one.program] for one in phases))
 
 
 def _seconds(engine: Engine, inputs: Sequence[Tensor]) -> float:

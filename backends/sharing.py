@@ -17,6 +17,8 @@ from intarsia.ir.rewrite import fresh, rename_uses
 def share_weights(programs: Mapping[int, Program]) -> dict[int, Program]:
     """The programs, by phase, with parameters renamed where an earlier program has other bits under the same name.
 
+    What two programs have under the same name is the same tensor in both.
+
         phase 0:  param %to_q.scale: f32[64]        phase 0:  param %to_q.scale: f32[64]
         phase 1:  param %to_q.scale: f32[64, 2]  -> phase 1:  param %to_q.scale.phase1: f32[64, 2]
 
@@ -41,7 +43,7 @@ def share_weights(programs: Mapping[int, Program]) -> dict[int, Program]:
                 spelled.setdefault(param.name, []).append(name)
                 held[name] = tensor
             names[param.name] = name
-        made[phase] = _renamed(program, {old: new for old, new in names.items() if old != new})
+        made[phase] = _renamed(program, names, held)
     return made
 
 
@@ -58,10 +60,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(first, second)
 
 
-def _renamed(program: Program, names: Mapping[str, str]) -> Program:
-    if not names:
-        return program
-    graph = rename_uses(program.graph, names)
-    params = tuple(Value(names.get(param.name, param.name), param.type) for param in graph.params)
-    weights = {names.get(param.name, param.name): program.weights[param.name] for param in program.graph.params}
-    return Program(replace(graph, params=params), weights)
+def _renamed(program: Program, names: Mapping[str, str], held: Mapping[str, Tensor]) -> Program:
+    graph = rename_uses(program.graph, {old: new for old, new in names.items() if old != new})
+    params = tuple(Value(names[param.name], param.type) for param in graph.params)
+    return Program(replace(graph, params=params), {param.name: held[param.name] for param in params})

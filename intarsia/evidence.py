@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from intarsia import subject as subjects
-from intarsia.backends.bundle import Bundle, Chosen
+from intarsia.backends.base import Engine
+from intarsia.backends.bundle import PLAN, SAMPLER, Bundle, Chosen
 from intarsia.backends.null import NullEngine
 from intarsia.backends.packing import Evidence
-from intarsia.backends.runner import bench as time_engine
+from intarsia.backends.phases import StepRange, step_ranges, title
+from intarsia.backends.runner import bench_loop
 from intarsia.backends.verify import PASSED, Check
 from intarsia.ir.errors import MissingEnvironment, QualityError, UsageError
 from intarsia.ir.program import example_inputs, materialize
+from intarsia.models.sampler import FlowMatchEuler
 from intarsia.search.progress import Progress
 from intarsia.search.quality import Goal, Quality, measure
 from intarsia.search.workload import Workload
@@ -31,6 +33,7 @@ def evidence(
     chosen: Chosen | None,
     *,
     changed: bool,
+    phases: Sequence[StepRange] = (),
     goal: Goal | None,
     effort: str,
     seed: int,
@@ -62,7 +65,12 @@ def evidence(
         ours = work.outputs(chosen.engine, "held-out", progress)
         facts = _quality(subject, chosen, measure(ours, references), goal, work)
         frames = _frames(references, ours)
-    return Evidence(facts, {} if chosen.on_reference else _timings(subject, chosen, dense, seed, progress), frames)
+    timings = (
+        {}
+        if chosen.on_reference
+        else _timings(subject, chosen.engine, dense, phases=phases, seed=seed, progress=progress)
+    )
+    return Evidence(facts, timings, frames)
 
 
 def _quality(
@@ -91,16 +99,37 @@ def _frames(references: Tensor, ours: Tensor) -> bytes | None:
     return side_by_side(references[:SHEET_SAMPLES], ours[:SHEET_SAMPLES]) if references.ndim == 5 else None
 
 
-def _timings(subject: Subject, chosen: Chosen, dense: NullEngine, seed: int, progress: Progress) -> dict[str, object]:
-    inputs = sample_inputs(subject) or example_inputs(subject.program.graph, seed=seed)
+def _timings(
+    subject: Subject,
+    engine: Engine,
+    dense: NullEngine,
+    *,
+    phases: Sequence[StepRange],
+    seed: int,
+    progress: Progress,
+) -> dict[str, object]:
+    graph = subject.program.graph
+    inputs = sample_inputs(subject) or example_inputs(graph, seed=seed)
     progress.start("time engine", None)
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "device": chosen.engine.device,
+        "device": engine.device,
         "threads": torch.get_num_threads(),
-        "engine": asdict(time_engine(chosen.engine, inputs)),
-        "eager": asdict(time_engine(dense, inputs)),
+        "engine": bench_loop(engine, inputs, graph=graph, phases=phases).to_json(),
+        "eager": bench_loop(dense, inputs, graph=graph).to_json(),
     }
+
+
+def verify_phases(bundle: Bundle) -> Check:
+    """The steps of each phase are those that plan and sampler give; QualityError otherwise."""
+    if bundle.plan is None or bundle.sampler is None:
+        raise QualityError(f"{bundle.folder}: it claims phases, and holds no plan or no sampler that has any")
+    timesteps = FlowMatchEuler.from_json(bundle.sampler).timesteps()
+    programs = [one.program for one in bundle.phases]
+    if step_ranges(bundle.plan.phases, timesteps, programs=programs) != bundle.phases:
+        raise QualityError(f"{bundle.folder}: the manifest's phases are not those of {PLAN} and {SAMPLER}")
+    told = ", ".join(title(bundle.phases, variant.phase) for variant in bundle.variants)
+    return Check("phases", PASSED, f"{told}, as plan and sampler say")
 
 
 def verify_quality(bundle: Bundle, progress: Progress) -> Check:

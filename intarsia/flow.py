@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -14,26 +14,25 @@ from torch import Tensor, nn
 from intarsia import subject as subjects
 from intarsia.backends.base import Backend, find_backend
 from intarsia.backends.bundle import Bundle, Chosen, load_bundle
+from intarsia.backends.making import Build, Planned
 from intarsia.backends.null import NullEngine
-from intarsia.backends.packing import Build, add_report, write_bundle
-from intarsia.backends.runner import bench as time_engine
-from intarsia.backends.runner import denoiser
+from intarsia.backends.packing import add_report, write_bundle
+from intarsia.backends.runner import bench_loop, denoiser
 from intarsia.backends.verify import VerifyReport, verify_bundle
-from intarsia.evidence import evidence, sample_inputs, verify_quality
-from intarsia.ir.errors import NoGain, Unsupported, UsageError
-from intarsia.ir.graph import Graph
+from intarsia.evidence import evidence, sample_inputs, verify_phases, verify_quality
+from intarsia.ir.errors import NoGain, UsageError
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program, example_inputs, materialize
 from intarsia.ir.target import Target, load_target
 from intarsia.models.sampler import FlowMatchEuler
-from intarsia.passes.apply import apply, run_passes
+from intarsia.passes.apply import run_passes
 from intarsia.passes.base import find_pass
+from intarsia.programs import planned, predicted
 from intarsia.search.explain import Explanation
 from intarsia.search.explain import explain as explain_plan
 from intarsia.search.journal import open_journal
 from intarsia.search.progress import Progress, Silent
 from intarsia.search.quality import Goal
-from intarsia.search.roofline import predict
 from intarsia.search.search import SearchResult
 from intarsia.search.search import search as find_plan
 from intarsia.subject import Subject
@@ -169,7 +168,7 @@ def export(
     Raises:
         Unsupported: Operators that a backend cannot take, all at once.
         QualityError: ``quality`` is asked for and the engine misses it on held-out noise; nothing is written.
-        PlanError: The plan is not for this graph.
+        PlanError: The plan is not for this graph, or its phases are not those of the model's sampler.
         MissingEnvironment: A package or a compiler that a backend needs is not there, or ``quality`` is asked for and
             nothing runs here.
     """
@@ -181,26 +180,32 @@ def export(
         raise UsageError("--plan and --pass exclude each other: a plan says itself which passes run")
     if passes:
         plan = Plan(graph.fingerprint, machine.name, (Phase(tuple(Step(text, {}) for text in passes)),))
-    if plan and len(plan.phases) > 1:
-        raise Unsupported(f"{subject.name}: the plan has {len(plan.phases)} phases; an engine takes one, merge them")
-    planned = apply(plan, graph, machine) if plan else graph
     progress.start("build weights", None)
-    program = materialize(replace(subject.program, graph=planned))
-    builds = [Build(builder, _prepared(program, builder, machine)) for builder in builders]
+    made = planned(subject, plan, machine)
+    programs = {phase: _built_with(builders, program, machine) for phase, program in made.programs.items()}
     sampler = subject.model.sampler if subject.model else None
     bundle = write_bundle(
         output,
-        program=program,
+        program=made.first,
         plan=plan,
-        builds=builds,
+        builds=programs.pop(0).builds,
         target=machine,
+        phases=made.phases,
+        later=programs,
         inputs=sample_inputs(subject),
         sampler=sampler.to_json() if sampler else None,
-        predicted=_predicted(subject, program.graph, machine),
+        predicted=predicted(subject, made, machine),
         command=command,
         config=config or {},
         evidence=lambda chosen: evidence(
-            subject, chosen, changed=plan is not None, goal=goal, effort=effort, seed=seed, progress=progress
+            subject,
+            chosen,
+            changed=plan is not None,
+            phases=made.phases,
+            goal=goal,
+            effort=effort,
+            seed=seed,
+            progress=progress,
         ),
         progress=lambda stage: progress.start(stage, None),
     )
@@ -281,8 +286,11 @@ def verify(
     report = verify_bundle(
         folder, engine=engine, reference=reference, progress=lambda stage: progress.start(stage, None)
     )
+    bundle = load_bundle(folder)
+    if bundle.phases:
+        report = replace(report, checks=(*report.checks, verify_phases(bundle)))
     if full:
-        report = replace(report, checks=(*report.checks, verify_quality(load_bundle(folder), progress)))
+        report = replace(report, checks=(*report.checks, verify_quality(bundle, progress)))
     progress.finish()
     return report
 
@@ -340,23 +348,31 @@ def bench(
 ) -> dict[str, object]:
     """Seconds of one call: of a bundle's engine, or of a model run eagerly through PyTorch. Median and quartiles.
 
+    Of a bundle with phases they are means over the loop's calls, and ``phases`` and ``loop_seconds`` say more.
     ``engine`` names the backend whose engine is timed; the preferred one of those that run here otherwise.
     """
     progress = progress or Silent()
     if Path(subject).is_dir():
         bundle = load_bundle(Path(subject))
         chosen = bundle.choose(engine)
-        timed, inputs, title, why = chosen.engine, bundle.sample.inputs, chosen.name, chosen.why
+        timed, title, why = chosen.engine, chosen.name, chosen.why
+        graph, inputs, phases = bundle.graph, bundle.sample.inputs, bundle.phases
     elif engine:
         raise UsageError(f"{subject} is no bundle, whose engine {engine} could be timed; a model runs eagerly")
     else:
         found = _resolve(subject, None, progress)
         timed, title, why = NullEngine(materialize(found.program)), "eager", "a model, which PyTorch runs"
-        inputs = sample_inputs(found) or example_inputs(found.program.graph, seed=seed)
+        graph, phases = found.program.graph, ()
+        inputs = sample_inputs(found) or example_inputs(graph, seed=seed)
     progress.start("time engine", None)
-    timing = time_engine(timed, inputs, repeats=repeats)
+    timing = bench_loop(timed, inputs, graph=graph, phases=phases, repeats=repeats)
     progress.finish()
-    return {"what": str(subject), "engine": title, "why": why, **asdict(timing), "threads": torch.get_num_threads()}
+    facts = {"what": str(subject), "engine": title, "why": why, **timing.to_json()}
+    return {**facts, "threads": torch.get_num_threads()}
+
+
+def _built_with(backends: Sequence[Backend], program: Program, target: Target) -> Planned:
+    return Planned(program, [Build(backend, _prepared(program, backend, target)) for backend in backends])
 
 
 def _prepared(program: Program, backend: Backend, target: Target) -> Program:
@@ -378,19 +394,6 @@ def _resolve(model: str | Path, weights: Path | None, progress: Progress) -> Sub
     subject = subjects.resolve(model, weights=weights)
     progress.finish()
     return subject
-
-
-def _predicted(subject: Subject, graph: Graph, target: Target) -> dict[str, object]:
-    """Seconds and weight bytes that the cost model gives the unchanged model and the planned one."""
-    sizes = subjects.smallest_sizes(graph)
-    before, after = predict(subject.program.graph, target, sizes), predict(graph, target, sizes)
-    return {
-        "seconds": after.seconds,
-        "bytes": after.bytes,
-        "baseline_seconds": before.seconds,
-        "baseline_bytes": before.bytes,
-        "source": f"roofline of {target.name}",
-    }
 
 
 def _with_report(bundle: Bundle) -> Bundle:

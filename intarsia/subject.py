@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.backends.null import NullEngine
+from intarsia.backends.phases import at_timestep
 from intarsia.backends.runner import denoiser
 from intarsia.ir.errors import UsageError
 from intarsia.ir.exported import Dynamic
@@ -141,15 +142,22 @@ def workload(subject: Subject, *, seed: int, effort: str, progress: Progress, re
         raise UsageError(f"effort {effort!r} is unknown. Known: {', '.join(SAMPLES)}")
     model, graph = subject.model, subject.program.graph
     if model is None or model.sampler is None or model.condition is None:
-        return _random_workload(graph, seed=seed, effort=effort)
+        return _random_workload(graph, model.sampler if model else None, seed=seed, effort=effort)
     videos = _VideoWorkload(graph, model, seed, effort)
     return Workload(videos.recorded(subject.program, progress) if record else (), videos.outputs, videos.describe())
 
 
-def _random_workload(graph: Graph, *, seed: int, effort: str) -> Workload:
+def _random_workload(graph: Graph, sampler: FlowMatchEuler | None, *, seed: int, effort: str) -> Workload:
+    """Outputs for random inputs; a denoiser's timesteps are of steps spread evenly over its sampler's loop."""
+
     def batches(split: str) -> list[tuple[Tensor, ...]]:
-        first = seed * 3_000 + 1_000 * SPLITS.index(split)
-        return [example_inputs(graph, seed=first + index) for index in range(4 * SAMPLES[effort][split])]
+        first, count = seed * 3_000 + 1_000 * SPLITS.index(split), 4 * SAMPLES[effort][split]
+        made = [example_inputs(graph, seed=first + index) for index in range(count)]
+        if sampler is None:
+            return made
+        steps = sampler.timesteps()
+        spread = [steps[(2 * index + 1) * len(steps) // (2 * count)] for index in range(count)]
+        return [at_timestep(inputs, graph, step) for inputs, step in zip(made, spread, strict=True)]
 
     def outputs(run: Run, split: str, progress: Progress) -> Tensor:
         with torch.no_grad():
@@ -160,6 +168,7 @@ def _random_workload(graph: Graph, *, seed: int, effort: str) -> Workload:
         "seed": seed,
         "effort": effort,
         "samples": {split: 4 * count for split, count in SAMPLES[effort].items()},
+        **({"sampler": json.loads(sampler.to_json())} if sampler else {}),
     }
     return Workload(tuple(batches("calibration")), outputs, describe)
 

@@ -1,0 +1,98 @@
+"""The programs that a plan makes of a model: one, or one for each phase of the denoising loop that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from intarsia.backends.phases import StepRange, require_phases, step_ranges
+from intarsia.backends.sharing import share_weights
+from intarsia.ir.errors import PlanError
+from intarsia.ir.plan import Plan
+from intarsia.ir.program import Program, materialize
+from intarsia.ir.target import Target
+from intarsia.ir.types import TensorType
+from intarsia.passes.apply import apply
+from intarsia.search.roofline import predict
+from intarsia.subject import Subject, smallest_sizes
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Materialized programs, by the number of the first phase that runs them.
+
+    Attributes:
+        phases: The loop's phases; none where the plan does not tell its steps apart.
+    """
+
+    programs: Mapping[int, Program]
+    phases: tuple[StepRange, ...] = ()
+
+    @property
+    def first(self) -> Program:
+        """The program of the first step."""
+        return self.programs[0]
+
+
+def planned(subject: Subject, plan: Plan | None, target: Target) -> Programs:
+    """What ``plan`` (None: nothing) makes of the model; phases that come out alike are one program.
+
+    Weights of the same bits are the same tensor under the same name in all programs, and no name stands for two.
+
+    Raises:
+        PlanError: The plan is not for this graph, or its phases are not those of the model's sampler.
+        UsageError: There are several programs, and the weights are on the meta device.
+    """
+    graph = subject.program.graph
+    if plan is None:
+        return Programs({0: materialize(subject.program)})
+    graphs = [apply(plan, graph, target, phase=number) for number in range(len(plan.phases))]
+    alike = [graphs.index(one) for one in graphs]
+    phases = plan_ranges(subject, plan, programs=alike)
+    made = {number: materialize(replace(subject.program, graph=graphs[number])) for number in sorted(set(alike))}
+    return Programs(share_weights(made) if len(made) > 1 else made, phases if len(plan.phases) > 1 else ())
+
+
+def plan_ranges(subject: Subject, plan: Plan, *, programs: list[int] | None = None) -> tuple[StepRange, ...]:
+    """The plan's phases as steps of the model's sampler; none for one phase that is open.
+
+    Raises:
+        PlanError: The model has no sampler, or the phases are not those of its steps.
+    """
+    count = len(plan.phases)
+    if count == 1 and plan.phases[0].last is None:
+        return ()
+    sampler = subject.model.sampler if subject.model else None
+    if sampler is None:
+        asked = f"{count} phases" if count > 1 else f"one phase that ends at step {plan.phases[0].last}"
+        raise PlanError(f"{subject.name} has no sampler and so no steps; the plan has {asked}: give one with last=null")
+    ranges = step_ranges(plan.phases, sampler.timesteps(), programs=programs)
+    require_phases(ranges, subject.program.graph)
+    return ranges
+
+
+def predicted(subject: Subject, made: Programs, target: Target) -> dict[str, object]:
+    """Seconds a call and weight bytes that the cost model gives the unchanged model and the planned one.
+
+    With phases, the seconds are the mean over the loop's calls, and a weight of several programs counts once.
+    """
+    sizes = smallest_sizes(subject.program.graph)
+    before = predict(subject.program.graph, target, sizes)
+    each = {number: predict(program.graph, target, sizes) for number, program in made.programs.items()}
+    facts: dict[str, object] = {
+        "seconds": each[0].seconds,
+        "bytes": each[0].bytes,
+        "baseline_seconds": before.seconds,
+        "baseline_bytes": before.bytes,
+        "source": f"roofline of {target.name}",
+    }
+    if not made.phases:
+        return facts
+    loop = sum(one.steps * each[one.program].seconds for one in made.phases)
+    weights = {value.name: value.type for program in made.programs.values() for value in program.graph.params}
+    return facts | {
+        "seconds": loop / sum(one.steps for one in made.phases),
+        "bytes": sum(type_.bytes(sizes) for type_ in weights.values() if isinstance(type_, TensorType)),
+        "loop_seconds": loop,
+        "phases": [{"first": one.first, "last": one.last, "seconds": each[one.program].seconds} for one in made.phases],
+    }
