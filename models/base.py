@@ -19,6 +19,8 @@ from intarsia.models.sampler import Conditioning, FlowMatchEuler
 MODELS: dict[str, str] = {
     "cogvideox-5b": "intarsia.models.cogvideox:cogvideox_5b",
     "cogvideox-mini": "intarsia.models.cogvideox:cogvideox_mini",
+    "cogvideox1.5-5b": "intarsia.models.cogvideox:cogvideox15_5b",
+    "cogvideox1.5-mini": "intarsia.models.cogvideox:cogvideox15_mini",
     "hunyuanvideo": "intarsia.models.hunyuanvideo:hunyuanvideo",
     "hunyuanvideo-mini": "intarsia.models.hunyuanvideo:hunyuanvideo_mini",
     "ltx-2b": "intarsia.models.ltx:ltx_2b",
@@ -28,6 +30,7 @@ MODELS: dict[str, str] = {
     "wan-mini": "intarsia.models.wan:wan_mini",
     "wan2.1-t2v-1.3b": "intarsia.models.wan:wan21_t2v_1_3b",
     "wan2.1-t2v-14b": "intarsia.models.wan:wan21_t2v_14b",
+    "wan2.1-t2v-14b-720p": "intarsia.models.wan:wan21_t2v_14b_720p",
 }
 ENTRY_POINTS = "intarsia.models"
 

@@ -1,6 +1,8 @@
-"""Wan 2.1 text-to-video transformers in diffusers' own class: two published sizes, and a small one that is trained."""
+"""Wan 2.1 text-to-video transformers in diffusers' own class: those published, and a small one that is trained."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +14,9 @@ from intarsia.models.base import Model, cast_parameters
 from intarsia.models.libraries import tolerate_torchvision
 from intarsia.models.sampler import FlowMatchEuler, noise
 
-LATENT = (16, 21, 60, 104)  # 81 frames of 480x832, through a VAE that divides time by 4 and height and width by 8
+# 81 frames, through a VAE that divides time by 4 and height and width by 8
+LATENT = (16, 21, 60, 104)  # of 480x832
+LATENT_720P = (16, 21, 90, 160)  # of 720x1280
 TEXT = (512, 4096)  # tokens and width of the UMT5-XXL text encoder
 MINI_VIDEO = (3, shapes.FRAMES, shapes.SIZE, shapes.SIZE)
 SOURCE = "Wan 2.1 (arXiv 2503.20314), diffusers WanTransformer3DModel"
@@ -67,6 +71,17 @@ def wan21_t2v_14b() -> Model:
     return _published("14b", sampler, num_attention_heads=40, ffn_dim=13824, num_layers=40)
 
 
+def wan21_t2v_14b_720p() -> Model:
+    """Wan2.1-T2V-14B, the same network at the larger of the two sizes that it is published for."""
+    small = wan21_t2v_14b()
+    return replace(
+        small,
+        name="wan2.1-t2v-14b-720p",
+        summary="81 frames of 720x1280 as 75,600 tokens, 40 layers of 40 heads; weights are the user's",
+        inputs=partial(_published_inputs, LATENT_720P),
+    )
+
+
 def _published(size: str, sampler: FlowMatchEuler, **sizes: int) -> Model:
     config = dict(
         patch_size=(1, 2, 2),
@@ -85,7 +100,7 @@ def _published(size: str, sampler: FlowMatchEuler, **sizes: int) -> Model:
         source=SOURCE,
         dtype=torch.bfloat16,
         build=lambda: _build(config, torch.bfloat16),
-        inputs=_published_inputs,
+        inputs=partial(_published_inputs, LATENT),
         outputs=("velocity",),
         static={"return_dict": False},
         dynamic={"hidden_states": {2: "frames", 3: "2*height", 4: "2*width"}, "encoder_hidden_states": {1: "text"}},
@@ -110,8 +125,8 @@ def _mini_inputs() -> dict[str, Tensor]:
     return _on_default_device(noise(MINI_VIDEO, seed=0, count=2), text)
 
 
-def _published_inputs() -> dict[str, Tensor]:
-    return _on_default_device(noise(LATENT, seed=0, count=1).bfloat16(), noise(TEXT, seed=1, count=1).bfloat16())
+def _published_inputs(latent: tuple[int, ...]) -> dict[str, Tensor]:
+    return _on_default_device(noise(latent, seed=0, count=1).bfloat16(), noise(TEXT, seed=1, count=1).bfloat16())
 
 
 def _on_default_device(hidden_states: Tensor, text: Tensor) -> dict[str, Tensor]:
