@@ -23,11 +23,13 @@ PASSES: dict[str, str] = {
     "drop-noops": "intarsia.passes.drop_noops:DropNoops",
     "drop-unused": "intarsia.passes.drop_unused:DropUnused",
     "fold-sizes": "intarsia.passes.fold_sizes:FoldSizes",
+    "fuse-heads": "intarsia.passes.fuse_heads:FuseHeads",
     "fuse-kernels": "intarsia.passes.fuse_kernels:FuseKernels",
     "merge-duplicates": "intarsia.passes.merge_duplicates:MergeDuplicates",
     "merge-rope": "intarsia.passes.merge_rope:MergeRope",
     "merge-views": "intarsia.passes.merge_views:MergeViews",
     "quantize-linear": "intarsia.passes.quantize_linear:QuantizeLinear",
+    "sparse-attention": "intarsia.passes.sparse_attention:SparseAttention",
 }
 """Passes that come with Intarsia, by name; others join by entry points of the group ``intarsia.passes``."""
 
@@ -51,6 +53,10 @@ class Pass(ABC):
     def refusals(self, graph: Graph, target: Target) -> dict[str, str]:
         """Places where the pass looked and offers nothing, each with the reason; ``explain`` prints them."""
         return {}
+
+    def unlisted(self, graph: Graph, target: Target, chosen: Chosen) -> dict[str, str]:
+        """Of options that ``choices`` does not list, those that a plan cannot ask for, by place, with the reason."""
+        return dict.fromkeys(chosen, "it is not offered")
 
     @abstractmethod
     def run(self, graph: Graph, target: Target, chosen: Chosen) -> Graph:
@@ -97,11 +103,13 @@ def _from_file(text: str) -> Pass:
     return construct(cls, spec)
 
 
-def check_chosen(pass_: Pass, choices: Choices, chosen: Chosen) -> None:
-    """Raise PlanError if ``chosen`` names a place or an option that the pass does not offer."""
-    for place, option in chosen.items():
+def check_chosen(pass_: Pass, graph: Graph, target: Target, chosen: Chosen) -> None:
+    """Raise PlanError if ``chosen`` names a place or an option that the pass does not take on ``graph``."""
+    choices = pass_.choices(graph, target)
+    for place in chosen:
         if place not in choices:
             raise PlanError(f"{pass_.name}: nothing to choose at %{place}; inspect the plan's graph")
-        if option not in choices[place]:
-            offered = ", ".join(choices[place])
-            raise PlanError(f"{pass_.name}: %{place} offers {offered}; the plan asks for {option}")
+    others = {place: option for place, option in chosen.items() if option not in choices[place]}
+    for place, reason in (pass_.unlisted(graph, target, others) if others else {}).items():
+        offered = ", ".join(choices[place])
+        raise PlanError(f"{pass_.name}: %{place} offers {offered}; the plan asks for {others[place]}: {reason}")

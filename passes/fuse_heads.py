@@ -1,0 +1,193 @@
+"""Let heads of one pattern stand side by side, so that each pattern is one call and nothing is gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from intarsia.ir.graph import Graph, Node, Ref, Value
+from intarsia.ir.plan import Chosen
+from intarsia.ir.rewrite import drop_unused, rename_uses, rewrite
+from intarsia.ir.target import Target
+from intarsia.passes.base import Pass
+from intarsia.passes.fuse_heads_move import Gathered, Move
+from intarsia.passes.fuse_heads_sites import GroupedAttention, grouped_attentions
+from intarsia.passes.head_blocks import HeadAxis
+from intarsia.passes.head_trace import Path, Surroundings, trace_heads
+
+
+@dataclass(frozen=True)
+class FuseHeads(Pass):
+    """Fold the order of heads that ``sparse-attention`` asks for into the weights.
+
+        %q: f32[B, S, H*D] = aten.linear(input=%x, weight=%wq, bias=%bq)                        (key, value alike)
+        %qh: f32[B, H, S, D] = view and permute of %q
+        %y.query0: f32[B, 3, S, D] = aten.index_select(self=%qh, dim=1, index=%y.heads0)
+        %y.part0: f32[B, 3, S, D] = intarsia.block_sparse_attention(query=%y.query0, ...)
+        ...
+        %y.joined: f32[B, H, S, D] = aten.cat(tensors=[%y.part0, %y.part1, %y.part2], dim=1)
+        %y: f32[B, H, S, D] = aten.index_select(self=%y.joined, dim=1, index=%y.places)
+        %o: f32[B, S, C] = aten.linear(input=permute and view of %y, weight=%wo, bias=%bo)
+
+    becomes, for K heads that are not skipped,
+
+        %q.order: i64[K*D] = intarsia.integers(runs=...)
+        %q.wq: f32[K*D, C] = aten.index_select(self=%wq, dim=0, index=%q.order)                 (%bq alike)
+        %q: f32[B, S, K*D] = aten.linear(input=%x, weight=%q.wq, bias=%q.bq)
+        %qh: f32[B, K, S, D] = view and permute of %q
+        %y.query0: f32[B, 3, S, D] = aten.slice.Tensor(self=%qh, dim=1, start=0, end=3)
+        %y.part0: f32[B, 3, S, D] = intarsia.block_sparse_attention(query=%y.query0, ...)
+        ...
+        %y: f32[B, K, S, D] = aten.cat(tensors=[%y.part0, %y.part1], dim=1)
+        %o.wo: f32[C, K*D] = aten.index_select(self=%wo, dim=1, index=%q.order)
+        %o: f32[B, S, C] = aten.linear(input=permute and view of %y, weight=%o.wo, bias=%bo)
+
+    ``passes/head_axis.py`` proves, call by call, that all that lies between takes part; where it cannot, the attention
+    stays as it is, and ``refusals`` says why. Where a norm over all heads needs skipped heads for its statistic, as in
+    Wan's queries and keys, they are left out by the slices instead. If all heads are skipped, the output projection is
+    its bias. Nothing is computed differently but the sum over heads, whose terms have another order.
+    Source: Sparse-vDiT (arXiv 2506.03065), section 4.2, head fusion.
+    """
+
+    name: ClassVar[str] = "fuse-heads"
+
+    def refusals(self, graph: Graph, target: Target) -> dict[str, str]:
+        """Attention in groups of heads whose order could not be folded into weights, each with the reason."""
+        return {name: found for name, found in planned(graph).items() if isinstance(found, str)}
+
+    def run(self, graph: Graph, target: Target, chosen: Chosen) -> Graph:
+        """The graph with the order of heads in the weights, what nobody uses then dropped."""
+        fusions = [found for found in planned(graph).values() if isinstance(found, Fusion)]
+        if not fusions:
+            return graph
+        graph = drop_unused(graph)
+        moves = {name: move for fusion in fusions for move in fusion.moves for name in move.path.calls}
+        replaced = {name: nodes for fusion in fusions for name, nodes in fusion.calls(graph)}
+        gathered = Gathered(graph)
+
+        def rule(node: Node) -> Sequence[Node] | None:
+            if node.name in replaced:
+                return replaced[node.name]
+            move = moves.get(node.name)
+            return None if move is None else move.nodes(node, gathered)
+
+        names = {old: new for fusion in fusions for old, new in fusion.renamed(graph)}
+        return drop_unused(_without_single(rename_uses(rewrite(graph, rule), names), moves))
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """One attention, and how its heads move on each path between weights."""
+
+    site: GroupedAttention
+    moves: tuple[Move, ...]
+
+    def calls(self, graph: Graph) -> Iterator[tuple[str, Sequence[Node]]]:
+        """What stands in place of each call of the site, by its name."""
+        yield from dict.fromkeys(self.site.calls, ()).items()
+        parts = [group for group in self.site.groups if not group.skipped or self._keeps_zeros()]
+        result = graph.producers[self.site.name]
+        output = Value(self.site.name, self._move(self.site.name).type(self.site.name))
+        first = 0
+        for group in parts:
+            last = first + len(group.heads)
+            for _, call in group.taken:
+                if not self._is_all(call, first, last):
+                    args = {"self": call.args["self"], "dim": 1, "start": first, "end": last}
+                    yield call.name, (replace(call, op="aten.slice.Tensor", args=args),)
+            yield group.part.name, (group.part if len(parts) > 1 else replace(group.part, outputs=(output,)),)
+            first = last
+        if len(parts) > 1:
+            tensors = tuple(Ref(group.part.name) for group in parts)
+            yield result.name, (replace(result, op="aten.cat", args={"tensors": tensors, "dim": 1}, outputs=(output,)),)
+
+    def renamed(self, graph: Graph) -> Iterator[tuple[str, str]]:
+        """The operands of groups that are all heads that are left, and what they are then."""
+        first = 0
+        for group in self.site.groups:
+            for _, call in group.taken:
+                if self._is_all(call, first, first + len(group.heads)):
+                    yield call.name, call.ref("self")
+            first += len(group.heads)
+
+    def _is_all(self, call: Node, first: int, last: int) -> bool:
+        source = call.ref("self")
+        return (first, last) == (0, self._move(source).type(source).shape[1])
+
+    def _keeps_zeros(self) -> bool:
+        return len(self._move(self.site.name).order) == self.site.heads
+
+    def _move(self, name: str) -> Move:
+        return next(move for move in self.moves if name in move.path.axes)
+
+
+def planned(graph: Graph) -> dict[str, Fusion | str]:
+    """How each attention in groups of heads is fused, by its name, or why it cannot be."""
+    graph = drop_unused(graph)
+    within = Surroundings(graph)
+    found: dict[str, Fusion | str] = {}
+    owners: dict[str, str] = {}
+    for site in grouped_attentions(graph):
+        fusion = _planned(site, within)
+        calls = [] if isinstance(fusion, str) else [name for move in fusion.moves for name in move.path.calls]
+        shared = next((name for name in calls if name in owners), None)
+        if shared is not None:
+            fusion = f"%{shared} also carries the heads of %{owners[shared]}, which have an order of their own"
+        else:
+            owners |= dict.fromkeys(calls, site.name)
+        found[site.name] = fusion
+    return found
+
+
+def _planned(site: GroupedAttention, within: Surroundings) -> Fusion | str:
+    graph = within.graph
+    for name in site.calls - {site.name}:
+        if name in within.interface or any(user.name not in site.calls for user in graph.users.get(name, ())):
+            return f"%{name}, which is of some heads only, is used elsewhere too"
+    operands = site.operands if site.groups else ()
+    paths = trace_heads(within, dict.fromkeys((*operands, site.name), HeadAxis(1, 1)), site.heads, site.calls)
+    if isinstance(paths, str):
+        return paths
+    result = next(path for path in paths if site.name in path.axes)
+    if result.whole and not site.computed:
+        return "all heads are skipped, and a norm after attention needs them"
+    moves = [_move(site, path, result, within) for path in paths]
+    refused = next((move for move in moves if isinstance(move, str)), None)
+    return refused or Fusion(site, tuple(move for move in moves if isinstance(move, Move)))
+
+
+def _move(site: GroupedAttention, path: Path, result: Path, within: Surroundings) -> Move | str:
+    """The path's heads in the site's order; skipped ones left out unless something needs them."""
+    order = site.order if path.whole or result.whole else site.computed
+    likes: dict[str, str] = {}
+    move = Move(within.graph, path, site.heads, order, path is result, likes)
+    for node in within.graph.nodes if not order else ():
+        if node.name in path.calls and node.op == "aten.linear" and move.is_empty(node.ref("input")):
+            like = _like(node, path.axes, within)
+            if like is None:
+                return f"all heads are skipped, and nothing is there of which %{node.name} could take its extents"
+            likes[node.name] = like
+    return move
+
+
+def _like(node: Node, axes: Mapping[str, HeadAxis], within: Surroundings) -> str | None:
+    """The last activation of the node's type before it that is needed without it as well."""
+    graph = within.graph
+    cut = drop_unused(rewrite(graph, lambda one: (replace(one, args={}),) if one.name == node.name else None))
+    found = [value.name for value in graph.inputs if value.type == node.type]
+    for one in cut.nodes:
+        if one.name == node.name:
+            break
+        found += [value.name for value in one.outputs if value.type == node.type and value.name not in axes]
+    return next((name for name in reversed(found) if name not in within.weights), None)
+
+
+def _without_single(graph: Graph, moves: Mapping[str, Move]) -> Graph:
+    """The graph without those calls of ``aten.cat`` on paths of which a single tensor is left."""
+    single = [node for node in graph.nodes if node.op == "aten.cat" and node.name in moves and len(node.inputs) == 1]
+    if not single:
+        return graph
+    names = {node.name: node.inputs[0] for node in single}
+    kept = replace(graph, nodes=tuple(node for node in graph.nodes if node.name not in names))
+    return rename_uses(kept, names)
