@@ -29,7 +29,7 @@ def apply(plan: Plan, graph: Graph, target: Target, *, phase: int = 0) -> Graph:
         raise PlanError(f"phase {phase}: the plan has phases 0 to {len(plan.phases) - 1}")
     for step in plan.phases[phase].steps:
         made = find_pass(step.run)
-        check_chosen(made, made.choices(graph, target), step.chosen)
+        check_chosen(made, graph, target, step.chosen)
         graph = made.run(graph, target, step.chosen)
         verify(graph)
     return graph

@@ -78,7 +78,7 @@ def _check_choices(pass_: Pass, choices: Choices, refusals: Mapping[str, str]) -
 
 def _check_defaults(pass_: Pass, graph: Graph, changed: Graph, target: Target, choices: Choices) -> None:
     defaults = {place: options[0] for place, options in choices.items()}
-    check_chosen(pass_, choices, defaults)
+    check_chosen(pass_, graph, target, defaults)
     if pass_.run(graph, target, defaults) != changed:
         raise AssertionError(f"{pass_}: the first options do not give what a run without answers gives")
     if choices and changed != graph:

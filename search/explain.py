@@ -65,8 +65,10 @@ def explain(plan: Plan, graph: Graph, target: Target, sizes: Mapping[str, int] |
     steps = plan.phases[0].steps
     passes = tuple(find_pass(step.run) for step in steps)
     places = open_places(passes, graph, target)
-    for number, (pass_, step) in enumerate(zip(passes, steps, strict=True)):
-        check_chosen(pass_, {p.name: p.options for p in places if p.step == number}, step.chosen)
+    changed = graph
+    for pass_, step in zip(passes, steps, strict=True):
+        check_chosen(pass_, changed, target, step.chosen)
+        changed = pass_.run(changed, target, {})
     known = noted(plan) if plan.target == target.name else {}
     unknown = tuple(place for place in places if (place.step, place.name) not in known)
     known |= _predicted(passes, graph, target, unknown, sizes or {})
