@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from intarsia.backends.onnx_fusion import fuse
-from intarsia.backends.onnx_integers import IntegerWeights
 from intarsia.backends.onnx_lowering import decomposed, lower
-from intarsia.backends.onnx_operators import OPSET, translations
+from intarsia.backends.onnx_operators import OPSET
 from intarsia.backends.onnx_repairs import widen_selections
+from intarsia.backends.onnx_sparse import RuntimeWeights, spellings
 from intarsia.backends.onnx_weights import Weights
 from intarsia.ir.errors import Unsupported
 from intarsia.ir.exported import export_program
@@ -44,8 +44,8 @@ class Dialect:
     """
 
     fuse: Callable[[Graph], Graph] = fuse
-    translations: Callable[[], Mapping[Callable[..., Any], Callable[..., Any]]] = translations
-    weights: type[Weights] = IntegerWeights
+    translations: Callable[[], Mapping[Callable[..., Any], Callable[..., Any]]] = spellings
+    weights: type[Weights] = RuntimeWeights
 
 
 def onnx_model(program: Program, dialect: Dialect | None = None) -> onnx_ir.Model:

@@ -200,19 +200,19 @@ def _zero_without_keys(answer: Any, lengths: Any, query: Any) -> Any:
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    return _private("linear", ("input", "weight", "bias"))(input, weight, bias)
+    return private("linear", ("input", "weight", "bias"))(input, weight, bias)
 
 
 def _linear_i8(input: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
-    return _private("linear_i8", ("input", "weight", "scale", "bias"))(input, weight, scale, bias)
+    return private("linear_i8", ("input", "weight", "scale", "bias"))(input, weight, scale, bias)
 
 
 def _linear_i4(input: Any, packed: Any, scale: Any, bias: Any = None, group: int = 0) -> Any:
-    return _private("linear_i4", ("input", "packed", "scale", "bias"), "group")(input, packed, scale, bias, group=group)
+    return private("linear_i4", ("input", "packed", "scale", "bias"), "group")(input, packed, scale, bias, group=group)
 
 
 def _linear_i8i8(input: Any, weight: Any, bias: Any, multiplier: Any, shift: Any) -> Any:
-    return _private("linear_i8i8", _INTEGER_LAYER)(input, weight, multiplier, shift, bias)
+    return private("linear_i8i8", _INTEGER_LAYER)(input, weight, multiplier, shift, bias)
 
 
 def _conv2d_i8i8(  # noqa: PLR0917
@@ -226,13 +226,13 @@ def _conv2d_i8i8(  # noqa: PLR0917
     dilation: Sequence[int],
     groups: int,
 ) -> Any:
-    call = _private("conv2d_i8i8", _INTEGER_LAYER, "stride[]", "padding[]", "dilation[]", "groups")
+    call = private("conv2d_i8i8", _INTEGER_LAYER, "stride: INTS", "padding: INTS", "dilation: INTS", "groups")
     window = {"stride": list(stride), "padding": list(padding), "dilation": list(dilation)}
     return call(input, weight, multiplier, shift, bias, **window, groups=groups)
 
 
 def _requantize(input: Any, multiplier: Any, shift: Any, axis: int) -> Any:
-    return _private("requantize", ("input", "multiplier", "shift"), "axis")(input, multiplier, shift, axis=axis)
+    return private("requantize", ("input", "multiplier", "shift"), "axis")(input, multiplier, shift, axis=axis)
 
 
 def _quantize_static(input: Any, scale: float) -> Any:
@@ -268,14 +268,18 @@ def _bytes(number: int) -> Any:
 
 
 @lru_cache
-def _private(name: str, inputs: Sequence[str], *attributes: str) -> Callable[..., Any]:
-    """A call in the private domain: the last input optional, the output typed like the first; ``[]`` ends a list."""
+def private(name: str, inputs: Sequence[str], *attributes: str) -> Callable[..., Any]:
+    """A call in the private domain: the last input optional, the output typed like the first.
+
+    ``attributes`` are integers, or what follows the colon: ``stride: INTS``, ``blocks: STRING``, ``scale: FLOAT``.
+    """
     from onnx.defs import OpSchema
     from onnxscript.values import Op, Opset
 
     optional = OpSchema.FormalParameterOption.Optional
-    kinds = {key.removesuffix("[]"): "INTS" if key.endswith("[]") else "INT" for key in attributes}
-    types = [f"tensor({dtype})" for dtype in ("float", "float16", "bfloat16", "double", "int8", "uint8", "int32")]
+    kinds = {key: kind or "INT" for key, _, kind in (attribute.partition(": ") for attribute in attributes)}
+    dtypes = ("float", "float16", "bfloat16", "double", "int8", "uint8", "int32", "int64")
+    types = [f"tensor({dtype})" for dtype in dtypes]
     schema = OpSchema(
         name,
         DOMAIN,
