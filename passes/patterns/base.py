@@ -126,17 +126,17 @@ def _from_file(text: str) -> Pattern:
     path, spec = Path(path_text + ".py"), Spec.parse(rest)
     if not path.is_file():
         raise UsageError(f"pattern {text!r}: there is no file {path}")
-    cls = _classes(path.resolve(), path.stat().st_mtime_ns, text).get(spec.name)
+    cls = _classes(path.resolve(), path.stat().st_mtime_ns).get(spec.name)
     if cls is None:
         raise UsageError(f"pattern {text!r}: {path} defines no Pattern called {spec.name}")
     return construct(cls, spec)
 
 
 @lru_cache(maxsize=32)
-def _classes(path: Path, changed: int, text: str) -> dict[str, type[Pattern]]:
-    """The patterns that a file defines, by class name; a file that has not changed is imported once.
+def _classes(path: Path, changed: int) -> dict[str, type[Pattern]]:
+    """The patterns that a file defines, by class name.
 
-    The same notation must make equal patterns each time it is read, so that what is known of one is known of the other.
+    A file that has not ``changed``, which is a time, is imported once: the same notation makes equal patterns.
     """
     module_name = f"intarsia_user_pattern_{path.stem}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
@@ -147,7 +147,7 @@ def _classes(path: Path, changed: int, text: str) -> dict[str, type[Pattern]]:
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:  # the file is the user's own, and may raise anything
-        raise UsageError(f"pattern {text!r}: {path} cannot be imported: {type(error).__name__}: {error}") from error
+        raise UsageError(f"pattern file {path} cannot be imported: {type(error).__name__}: {error}") from error
     return {
         name: value for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, Pattern)
     }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from intarsia.ir.tokens import TokenLayout
+from intarsia.kernels.block_sparse_attention.order import TokenOrder
 from intarsia.passes.patterns.grid import Grid, check_density
 from intarsia.passes.patterns.vertical_stripe import always, widest
 
@@ -29,14 +32,13 @@ def columns_of(
     if mass.shape != grid.shape[1:] or not np.isfinite(mass).all():
         raise ValueError(f"mass has the shape {mass.shape}; it is one finite number for each of {grid.shape[1]} blocks")
     kept = always(grid, sink)
-    free = ~kept.all(axis=0)
-    ranked = np.argsort(-mass, kind="stable")
-    ranked = ranked[free[ranked]]
+    free = np.flatnonzero(~kept.all(axis=0))
+    ranked = free[np.argsort(-mass[free], kind="stable")]
     found = widest(grid, kept, [ranked[:count] for count in range(len(ranked) + 1)], density)
-    return _runs(found.all(axis=0) & free)
+    return _runs([int(column) for column in free if found[:, column].all()])
 
 
-def _runs(columns: NDArray[np.bool_]) -> str:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], columns, [False]]).astype(np.int8)))
-    runs = ((int(first), int(end) - 1) for first, end in edges.reshape(-1, 2))
-    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
+def _runs(columns: Sequence[int]) -> str:
+    """Ascending numbers as runs of neighbours: ``0-3,9``."""
+    runs = TokenOrder.of(columns).pieces
+    return ",".join(f"{run.start}-{run.start + run.count - 1}" if run.count > 1 else f"{run.start}" for run in runs)

@@ -65,7 +65,7 @@ class Grid:
     def distance(self) -> NDArray[np.int64]:
         """Half tokens between the middles of a block of queries and of a block of keys, if no block is cut short."""
         middles_q, middles_k = self.middles()
-        return np.abs(middles_q[:, None] - middles_k[None, :])
+        return np.asarray(np.abs(middles_q[:, None] - middles_k[None, :]))
 
     def middles(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The middles of the blocks of queries and of keys in half tokens, as if no block were cut short."""
@@ -108,13 +108,13 @@ class Grid:
         full = int(np.searchsorted(spent, budget, side="right"))
         blocks = kept | (level < full)
         if full == len(levels):
-            return blocks
+            return np.asarray(blocks)
         rows = _spread(len(prices))
         left = budget - (int(spent[full - 1]) if full else 0)
         affordable = np.cumsum(np.where(level == full, prices, 0).sum(axis=1)[rows]) <= left
         wider = np.zeros(len(rows), dtype=bool)
         wider[rows[affordable]] = True
-        return blocks | (wider[:, None] & (level == full))
+        return np.asarray(blocks | (wider[:, None] & (level == full)))
 
 
 def check_density(density: float) -> None:

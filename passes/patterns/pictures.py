@@ -45,7 +45,9 @@ def picture(mask: Mask, *, pixels: int = 192) -> bytes:
         pen.text((left, GAP // 2 + LINE), words, fill="gray")
         sheet.paste(square, (left, GAP + 2 * LINE))
     buffer = io.BytesIO()
-    sheet.quantize(32, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
+    colours = Image.new("P", (1, 1))
+    colours.putpalette(_palette())
+    sheet.quantize(palette=colours, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
@@ -92,6 +94,15 @@ def _position_strip(mask: Mask) -> NDArray[np.uint8]:
     if mask.order is not None:
         colours[mask.layout.before : mask.layout.before + mask.layout.video] = FRAMES[1]
     return colours
+
+
+def _palette() -> list[int]:
+    """The colours of a picture: shares in steps of 1/32, frames, text, and greys for what is written."""
+    shares = np.linspace(0, 1, 33)[:, None]
+    ramp = np.array(PAPER) + shares * (np.array(INK, dtype=np.float64) - PAPER)
+    greys = np.repeat(np.linspace(0, 255, 16)[:, None], 3, axis=1)
+    colours = np.concatenate([ramp, greys, FRAMES, [TEXT]]).round().astype(int)
+    return [int(level) for level in colours.reshape(-1)]
 
 
 def _about_blocks(mask: Mask) -> str:

@@ -99,6 +99,16 @@ def test_a_density_that_is_met_exactly_is_taken():
         Mask(Diagonal(31.9 / 1024), layout, 16, 16).density  # noqa: B018
 
 
+def test_another_seed_draws_other_blocks_and_the_same_seed_the_same():
+    layout = TokenLayout(8, 8, 8)
+    one, again, other = (
+        find_pattern(f"random(density=0.25, seed={seed})").blocks(layout, 16, 16) for seed in (1, 1, 2)
+    )
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+    assert one.sum() == other.sum() == 256
+
+
 def test_rows_differ_by_one_block_to_each_side_and_are_spread_evenly():
     rows = Mask(Diagonal(0.25), TokenLayout(64, 8, 8), 16, 16).table.rows
     reaches = [row[0][1] - number for number, row in enumerate(rows) if row[0][1] < 255]
@@ -162,15 +172,15 @@ def test_a_pixel_is_as_dark_as_the_share_of_its_pairs():
     assert np.allclose(token_shares(mask, 32), whole)
 
 
-def test_a_picture_shows_the_mask_twice_and_text_at_its_edge():
-    mask = Mask(find_pattern("diagonal(density=0.25)"), TokenLayout(8, 8, 8, after=64), 16, 16)
-    left, right = squares(picture(mask, pixels=72), pixels=72)
-    expected = np.where(mask.tokens()[::8, ::8, None], INK, PAPER)
-    assert np.array_equal(left[EDGE + 1 :, EDGE + 1 :], expected)
-    assert np.array_equal(left, right)
-    assert (left[0, -8:] == TEXT).all()
-    assert (left[-8:, 0] == TEXT).all()
-    assert not (left[0, EDGE + 1 : -8] == TEXT).all(axis=-1).any()
+@pytest.mark.parametrize("text", ["diagonal(density=0.25)", "multi-diagonal(density=0.25)"])
+def test_a_picture_shows_the_mask_over_tokens_and_over_positions_and_text_at_the_edge(text: str):
+    mask = Mask(find_pattern(text), TokenLayout(8, 8, 8, after=64), 16, 16)
+    left, right = squares(picture(mask, pixels=576), pixels=576)
+    for square, expected in ((left, mask.tokens()), (right, mask.table.mask(576, 576, 16, 16))):
+        assert np.array_equal(square[EDGE + 1 :, EDGE + 1 :], np.where(expected[..., None], INK, PAPER))
+        assert (square[0, -64:] == TEXT).all()
+        assert (square[-64:, 0] == TEXT).all()
+        assert not (square[0, EDGE + 1 : -64] == TEXT).all(axis=-1).any()
     assert picture(mask) == picture(mask)
 
 
