@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.backends.base import Backend, Engine, find_backend
+from intarsia.backends.by_step import joined
 from intarsia.backends.manifest import MEASUREMENTS, fault, read_manifest, read_sealed
-from intarsia.backends.phases import StepRange, joined, of_phase
+from intarsia.backends.phases import StepRange, of_phase
 from intarsia.backends.variant import Sample, Variant
 from intarsia.ir.errors import MissingEnvironment, QualityError, UsageError
 from intarsia.ir.graph import Graph

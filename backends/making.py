@@ -9,8 +9,9 @@ from pathlib import Path
 
 from intarsia.backends.base import Backend, Built, Engine, require_support
 from intarsia.backends.bundle import Chosen, preference
+from intarsia.backends.by_step import joined
 from intarsia.backends.manifest import OWN
-from intarsia.backends.phases import StepRange, joined, of_phase, subfolder
+from intarsia.backends.phases import StepRange, of_phase, subfolder
 from intarsia.ir.errors import MissingEnvironment, Unsupported
 from intarsia.ir.program import Program
 from intarsia.ir.target import Target

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from intarsia.backends import agreement
 from intarsia.backends.bundle import CONFIG, FRAMES, PLAN, SAMPLER, Bundle, Chosen, fingerprints, load_bundle
+from intarsia.backends.by_step import at_step
 from intarsia.backends.making import Build, Made, Planned, make_engines, preferred, require_every_support
 from intarsia.backends.manifest import (
     MANIFEST,
@@ -27,7 +28,7 @@ from intarsia.backends.manifest import (
     read_sealed,
     sealed,
 )
-from intarsia.backends.phases import StepRange, at_step, of_phase, subfolder
+from intarsia.backends.phases import StepRange, of_phase, subfolder
 from intarsia.backends.variant import GRAPH, SAMPLE, WEIGHTS, Sample
 from intarsia.backends.writing import new_folder, replace_files
 from intarsia.ir.errors import QualityError

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from intarsia.backends.base import Engine
-from intarsia.backends.phases import StepRange, at_step
+from intarsia.backends.by_step import at_step
+from intarsia.backends.phases import StepRange
 from intarsia.backends.writing import new_file
 from intarsia.ir.errors import MissingEnvironment, UsageError
 from intarsia.ir.graph import Graph

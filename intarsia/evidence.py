@@ -13,7 +13,7 @@ from intarsia.backends.base import Engine
 from intarsia.backends.bundle import PLAN, SAMPLER, Bundle, Chosen
 from intarsia.backends.null import NullEngine
 from intarsia.backends.packing import Evidence
-from intarsia.backends.phases import StepRange, step_ranges, title
+from intarsia.backends.phases import StepRange, same_ranges, step_ranges, title
 from intarsia.backends.runner import bench_loop
 from intarsia.backends.verify import PASSED, Check
 from intarsia.ir.errors import MissingEnvironment, QualityError, UsageError
@@ -125,8 +125,8 @@ def verify_phases(bundle: Bundle) -> Check:
     if bundle.plan is None or bundle.sampler is None:
         raise QualityError(f"{bundle.folder}: it claims phases, and holds no plan or no sampler that has any")
     timesteps = FlowMatchEuler.from_json(bundle.sampler).timesteps()
-    programs = [one.program for one in bundle.phases]
-    if step_ranges(bundle.plan.phases, timesteps, programs=programs) != bundle.phases:
+    expected = step_ranges(bundle.plan.phases, timesteps, programs=[one.program for one in bundle.phases])
+    if not same_ranges(expected, bundle.phases):
         raise QualityError(f"{bundle.folder}: the manifest's phases are not those of {PLAN} and {SAMPLER}")
     told = ", ".join(title(bundle.phases, variant.phase) for variant in bundle.variants)
     return Check("phases", PASSED, f"{told}, as plan and sampler say")

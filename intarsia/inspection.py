@@ -33,21 +33,28 @@ def inspect(
 
     Args:
         subject: A model (traced without memory for weights), a ``.graph`` file, a bundle's folder or a plan's file.
+            Of a bundle with phases the facts are of the first one's program, and ``later`` has those of the others.
         backend: Adds what that backend cannot take, and what its passes find, without building anything; needs a
             target.
     """
     if backend and not target:
         raise UsageError(f"--backend {backend}: what a backend takes depends on the machine; give --target")
+
+    def looked_at(graph: Graph) -> dict[str, Any]:
+        taken = {"backend": _taken(graph, find_backend(backend), load_target(target))} if backend and target else {}
+        return {**_counted(graph, target, sizes), **taken}
+
     path = Path(subject)
     if path.suffix == ".json" and not path.is_dir():
         return {"kind": "plan", **json.loads(Plan.load(path).to_json())}
-    if path.is_dir():
-        bundle = load_bundle(path)
-        head, graph = {"kind": "bundle", "manifest": dict(bundle.manifest)}, bundle.graph
-    else:
-        head, graph = {"kind": "graph"}, subjects.resolve(subject, meta=True).program.graph
-    taken = {"backend": _taken(graph, find_backend(backend), load_target(target))} if backend and target else {}
-    return {**head, **_counted(graph, target, sizes), **taken}
+    if not path.is_dir():
+        return {"kind": "graph", **looked_at(subjects.resolve(subject, meta=True).program.graph)}
+    bundle = load_bundle(path)
+    facts = {"kind": "bundle", "manifest": dict(bundle.manifest), **looked_at(bundle.graph)}
+    if bundle.phases:
+        facts["phases"] = [one.to_json() for one in bundle.phases]
+        facts["later"] = {str(variant.phase): looked_at(variant.graph) for variant in bundle.variants[1:]}
+    return facts
 
 
 def _taken(graph: Graph, backend: Backend, target: Target) -> dict[str, object]:

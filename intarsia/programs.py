@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from intarsia.backends.phases import StepRange, require_phases, step_ranges
+from intarsia.backends.by_step import require_phases
+from intarsia.backends.phases import StepRange, step_ranges
 from intarsia.backends.sharing import share_weights
 from intarsia.ir.errors import PlanError
 from intarsia.ir.plan import Plan

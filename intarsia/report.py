@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -56,6 +57,16 @@ class File:
 
 
 @dataclass(frozen=True)
+class PhaseRow:
+    """A phase of the denoising loop: its steps, whose program it runs, and what a call of it takes."""
+
+    steps: str
+    program: str
+    predicted: str
+    measured: str
+
+
+@dataclass(frozen=True)
 class Page:
     """Everything the template prints."""
 
@@ -67,6 +78,8 @@ class Page:
     metrics: tuple[MetricRow, ...]
     bars: tuple[BarGroup, ...]
     bars_note: str
+    phases: tuple[PhaseRow, ...]
+    loop: str
     maps: tuple[Map, ...]
     trail: Trail | None
     command: str
@@ -91,6 +104,8 @@ def page_of(folder: Path) -> Page:
         metrics=tuple(metric_row(name, values, facts.goal.get(name)) for name, values in facts.quality.items()),
         bars=bars(facts),
         bars_note=bars_note(facts),
+        phases=_phases(facts),
+        loop=_loop(facts),
         maps=maps(facts.plan) if facts.plan else (),
         trail=trail(facts.plan, facts.goal) if facts.plan else None,
         command=str(manifest["command"]),
@@ -106,6 +121,12 @@ def page_of(folder: Path) -> Page:
                 for backend, one in manifest["engines"].items()
                 for name, value in one["info"].items()
             ),
+            *(
+                (f"{backend}, phase {phase}: {name}", _as_text(value))
+                for backend, one in manifest["engines"].items()
+                for phase, later in one.get("phases", {}).items()
+                for name, value in {"check": later["check"], **later["info"]}.items()
+            ),
         ),
         versions=tuple((name, str(text)) for name, text in manifest.get("versions", {}).items()),
         configuration=tuple((name, _as_text(value)) for name, value in facts.config.items()),
@@ -113,6 +134,32 @@ def page_of(folder: Path) -> Page:
             File(name, f"{entry['bytes']:,}", str(entry["sha256"])) for name, entry in sorted(manifest["files"].items())
         ),
     )
+
+
+def _phases(facts: Facts) -> tuple[PhaseRow, ...]:
+    predicted, measured = facts.predicted.get("phases"), facts.measured.get("engine", {}).get("phases")
+
+    def call(figures: Sequence[Mapping[str, float]] | None, number: int) -> str:
+        return duration(figures[number]["seconds"]) if figures else "-"
+
+    return tuple(
+        PhaseRow(
+            f"{one.first} to {one.last}",
+            "its own" if one.program == number else f"that of phase {one.program}",
+            call(predicted, number),
+            call(measured, number),
+        )
+        for number, one in enumerate(facts.phases)
+    )
+
+
+def _loop(facts: Facts) -> str:
+    """Seconds of all steps together, predicted and measured, as far as they are known."""
+    known = {
+        "predicted": facts.predicted.get("loop_seconds"),
+        "measured": facts.measured.get("engine", {}).get("loop_seconds"),
+    }
+    return ", ".join(f"{duration(seconds)} {how}" for how, seconds in known.items() if seconds)
 
 
 def _as_text(value: object) -> str:

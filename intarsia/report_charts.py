@@ -143,6 +143,7 @@ def bars_note(facts: Facts) -> str:
     target = facts.manifest["target"]["name"]
     engine = timing(facts.measured, "engine")
     note = f"Predicted from first principles for {target}: every call alone, nothing fused."
+    note += " A call is the mean of the loop's calls." if facts.phases else ""
     if engine is None:
         return f"{note} Nothing was measured."
     quartiles = f"{duration(engine['low'])} to {duration(engine['high'])}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.backends.manifest import OWN
+from intarsia.backends.phases import StepRange
 from intarsia.ir.errors import UsageError
 from intarsia.ir.plan import Plan
 
@@ -42,10 +43,15 @@ class Facts:
         return {name: float(bound) for name, _, bound in (term.partition(">=") for term in text.split(",") if term)}
 
     @property
-    def predicted(self) -> Mapping[str, float]:
+    def predicted(self) -> Mapping[str, Any]:
         """Seconds and bytes as the cost model says, for the engine and for the unchanged model."""
-        found: Mapping[str, float] = self.manifest.get("predicted", {})
+        found: Mapping[str, Any] = self.manifest.get("predicted", {})
         return found
+
+    @property
+    def phases(self) -> tuple[StepRange, ...]:
+        """The loop's phases; none where one program runs at every step."""
+        return tuple(StepRange.from_json(one) for one in self.manifest.get("phases", ()))
 
     @property
     def engine_bytes(self) -> int:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from intarsia.backends.by_step import at_timestep
 from intarsia.backends.null import NullEngine
-from intarsia.backends.phases import at_timestep
 from intarsia.backends.runner import denoiser
 from intarsia.ir.errors import UsageError
 from intarsia.ir.exported import Dynamic

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from intarsia.backends.phases import StepRange, title
 from intarsia.report_facts import METRICS, figure
 from intarsia.units import amount, duration, ratio, size, speed
 
@@ -55,6 +56,17 @@ def inspected(facts: Mapping[str, Any]) -> Lines:
     """What ``inspection.inspect`` found, for a person."""
     if facts["kind"] == "plan":
         return _plan(facts)
+    if "phases" not in facts:
+        return _graph(facts)
+    ranges = tuple(StepRange.from_json(one) for one in facts["phases"])
+    lines: list[str | Table] = [title(ranges, 0), *_graph(facts)]
+    for phase, later in facts["later"].items():
+        lines += ["", title(ranges, int(phase)), *_graph(later)]
+    return lines
+
+
+def _graph(facts: Mapping[str, Any]) -> Lines:
+    """A graph: its interface, its work, and what a machine and a backend make of it."""
     head = {key: facts[key] for key in ("name", "fingerprint", "nodes", "inputs", "outputs", "sizes")}
     counts = {
         "flops": f"{amount(facts['flops'])}FLOP",
@@ -103,9 +115,10 @@ def _plan(facts: Mapping[str, Any]) -> Lines:
     """A plan: what it is for, what the search knew, and how often each option was chosen."""
     known = {name: value for name, value in facts["notes"].items() if name not in {"places", "refused", "tried"}}
     lines = pairs({"graph": facts["graph"], "target": facts["target"], **known})
-    for phase in facts["phases"]:
+    for number, phase in enumerate(facts["phases"]):
         last = "the last" if phase["last"] is None else phase["last"]
-        lines.append(f"steps {phase['first']} to {last}")
+        steps = f"steps {phase['first']} to {last}"
+        lines.append(steps if len(facts["phases"]) == 1 else f"phase {number}: {steps}")
         for step in phase["steps"]:
             counts = Counter(step["chosen"].values())
             lines.append(
@@ -199,12 +212,14 @@ def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:
         "quality": manifest["quality"],
         "measured": measured,
         "report": str(bundle.folder / "report.html"),
+        **({"phases": [one.to_json() for one in bundle.phases]} if bundle.phases else {}),
     }
     made = f"{'engine' if len(bundle.engines) == 1 else 'engines'} of {', '.join(bundle.engines)}"
     lines = [f"{bundle.folder}: {bundle.graph.name} for {target}, {made}, {size(bundle.engine_bytes)}"]
     for name in bundle.engines:
         claims = manifest["engines"][name]
-        lines.append(f"engine     {name}: {claims['check']}; the stored answer is {claims['sample']}")
+        checks = "; ".join([claims["check"], *(later["check"] for later in claims.get("phases", {}).values())])
+        lines.append(f"engine     {name}: {checks}; the stored answer is {claims['sample']}")
     if "baseline_bytes" in predicted:
         before, after = predicted["baseline_bytes"], predicted["bytes"]
         change = f"{size(before)}, as before" if before == after else f"{size(before)} to {size(after)}"
@@ -213,6 +228,7 @@ def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:
     if "engine" in measured and "eager" in measured:
         timing = _faster(measured["eager"]["seconds"], measured["engine"]["seconds"])
         lines.append(f"measured   {timing} on {measured['engine']['device']}")
+    lines += _phases(predicted, "predicted") + _phases(measured.get("engine", {}), "measured")
     quality = manifest["quality"]
     lines += _metrics(quality.get("metrics", {}), _bounds(str(quality.get("goal") or "")))
     return facts, [*lines, f"report     {facts['report']}"]
@@ -250,7 +266,18 @@ def timed(facts: Mapping[str, Any]) -> Lines:
     return [
         f"{facts['what']}: {duration(facts['seconds'])} a call, {spread}, {facts['repeats']} calls; {facts['device']}",
         f"engine     {facts['why']}",
+        *_phases(facts, "measured"),
     ]
+
+
+def _phases(facts: Mapping[str, Any], how: str) -> list[str]:
+    """Seconds of each phase and of the loop, a line each; nothing where there are no phases."""
+    each = facts.get("phases", ())
+    lines = [
+        f"phase {number}    steps {one['first']} to {one['last']}: {duration(one['seconds'])} a call, {how}"
+        for number, one in enumerate(each)
+    ]
+    return [*lines, f"loop       {duration(facts['loop_seconds'])}, {how}"] if each else []
 
 
 def _faster(before: float, after: float) -> str:

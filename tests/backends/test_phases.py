@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from intarsia.backends.phases import StepRange, at_step, by_step, step_ranges, title
+from intarsia.backends.by_step import at_step, by_step
+from intarsia.backends.phases import StepRange, step_ranges, title
 from intarsia.ir.errors import PlanError, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Phase

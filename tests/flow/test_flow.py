@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import intarsia
-from intarsia.ir.errors import PlanError, QualityError, Unsupported, UsageError
+from intarsia.ir.errors import PlanError, QualityError, UsageError
 from intarsia.ir.plan import Phase, Plan
 from intarsia.ir.program import Program, save_weights
 from intarsia.search.progress import Silent
@@ -94,11 +94,11 @@ def test_an_exported_plan_is_for_its_own_graph_only(graph_file: Path, tmp_path: 
         intarsia.export(other, plan, backends=("onnx",), target="cpu-avx2", output=tmp_path / "out")
 
 
-def test_a_plan_of_several_phases_is_refused_rather_than_cut_to_its_first(
+def test_a_plan_of_several_phases_is_refused_for_a_network_without_steps(
     program: Program, graph_file: Path, tmp_path: Path
 ):
     plan = Plan(program.graph.fingerprint, "null", (Phase((), 0, 9), Phase((), 10, None)))
-    with pytest.raises(Unsupported, match="2 phases"):
+    with pytest.raises(PlanError, match="Mixer has no sampler and so no steps; the plan has 2 phases"):
         intarsia.export(graph_file, plan, backends=("null",), target="null", output=tmp_path / "out")
 
 
