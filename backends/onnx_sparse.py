@@ -129,7 +129,7 @@ class RuntimeWeights(IntegerWeights):
     def _kept(
         self, attended: onnx_ir.Value | None, piece: Piece, padding: onnx_ir.Value | None, body: Tape
     ) -> onnx_ir.Value | None:
-        """Which of its keys a group attends to, (K) or (B, 1, 1, K): the ``attended`` without ``padding``; None if all."""
+        """Which of its keys a group attends to, (K) or (B, 1, 1, K): ``attended`` without ``padding``; None if all."""
         import numpy as np
 
         if padding is None:

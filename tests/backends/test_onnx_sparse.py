@@ -13,7 +13,6 @@ from intarsia.ir.execute import to_module
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program, example_inputs, materialize
 from intarsia.ir.target import Target
-from intarsia.kernels.block_sparse_attention.order import TokenOrder
 from intarsia.kernels.block_sparse_attention.table import BlockTable
 
 onnx = pytest.importorskip("onnx")
