@@ -84,7 +84,9 @@ def verify_bundle(
         for variant in bundle.variants:
             checking.check(f"{name}{variant.suffix}: structure", partial(variant.check, name))
         chosen = checking.load(name, reference=reference)
-        for variant in bundle.variants if chosen else ():
+        if chosen is None:
+            continue
+        for variant in bundle.variants:
             checking.check(f"{name}{variant.suffix}: stored sample", partial(_stored_sample, variant, chosen))
             checking.check(f"{name}{variant.suffix}: fresh inputs", partial(_fresh_inputs, variant, chosen, seed))
     return VerifyReport(str(folder), tuple(checking.done))
