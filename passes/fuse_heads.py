@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from intarsia.ir.graph import Graph, Node, Ref, Value
 from intarsia.ir.plan import Chosen
-from intarsia.ir.rewrite import drop_unused, rename_uses, rewrite
+from intarsia.ir.rewrite import drop_unused, fresh, rename_uses, rewrite
 from intarsia.ir.target import Target
+from intarsia.ir.types import TensorType
 from intarsia.passes.base import Pass
 from intarsia.passes.fuse_heads_move import Gathered, Move
-from intarsia.passes.fuse_heads_sites import GroupedAttention, grouped_attentions
+from intarsia.passes.fuse_heads_sites import Group, GroupedAttention, grouped_attentions
 from intarsia.passes.head_blocks import HeadAxis
-from intarsia.passes.head_trace import Path, Surroundings, trace_heads
+from intarsia.passes.head_trace import Surroundings, trace_heads
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class FuseHeads(Pass):
         %y.query0: f32[B, 3, S, D] = aten.slice.Tensor(self=%qh, dim=1, start=0, end=3)
         %y.part0: f32[B, 3, S, D] = intarsia.block_sparse_attention(query=%y.query0, ...)
         ...
-        %y: f32[B, K, S, D] = aten.cat(tensors=[%y.part0, %y.part1], dim=1)
+        %y.tokens: f32[B, S, K, D] = aten.cat(tensors=[%y.part0, %y.part1 with S before heads], dim=2)
+        %y: f32[B, K, S, D] = aten.transpose.int(self=%y.tokens, dim0=1, dim1=2)
         %o.wo: f32[C, K*D] = aten.index_select(self=%wo, dim=1, index=%q.order)
         %o: f32[B, S, C] = aten.linear(input=permute and view of %y, weight=%o.wo, bias=%bo)
 
@@ -72,7 +74,7 @@ class FuseHeads(Pass):
             move = moves.get(node.name)
             return None if move is None else move.nodes(node, gathered)
 
-        names = {old: new for fusion in fusions for old, new in fusion.renamed(graph)}
+        names = {old: new for fusion in fusions for old, new in fusion.renamed()}
         return drop_unused(_without_single(rename_uses(rewrite(graph, rule), names), moves))
 
 
@@ -83,43 +85,66 @@ class Fusion:
     site: GroupedAttention
     moves: tuple[Move, ...]
 
+    @property
+    def groups(self) -> Iterator[tuple[Group, int, int]]:
+        """The groups that are computed, or zeros that are needed, each with the heads at which it begins and ends."""
+        first = 0
+        keeps_zeros = len(self._move(self.site.name).order) == self.site.heads
+        for group in self.site.groups:
+            if keeps_zeros or not group.skipped:
+                yield group, first, first + len(group.heads)
+            first += len(group.heads)
+
     def calls(self, graph: Graph) -> Iterator[tuple[str, Sequence[Node]]]:
         """What stands in place of each call of the site, by its name."""
         yield from dict.fromkeys(self.site.calls, ()).items()
-        parts = [group for group in self.site.groups if not group.skipped or self._keeps_zeros()]
-        result = graph.producers[self.site.name]
-        output = Value(self.site.name, self._move(self.site.name).type(self.site.name))
-        first = 0
-        for group in parts:
-            last = first + len(group.heads)
+        groups = list(self.groups)
+        for group, first, last in groups:
             for _, call in group.taken:
                 if not self._is_all(call, first, last):
                     args = {"self": call.args["self"], "dim": 1, "start": first, "end": last}
                     yield call.name, (replace(call, op="aten.slice.Tensor", args=args),)
-            yield group.part.name, (group.part if len(parts) > 1 else replace(group.part, outputs=(output,)),)
-            first = last
-        if len(parts) > 1:
-            tensors = tuple(Ref(group.part.name) for group in parts)
-            yield result.name, (replace(result, op="aten.cat", args={"tensors": tensors, "dim": 1}, outputs=(output,)),)
+            yield group.part.name, (group.part,)
+        if not groups:
+            return
+        result = Value(self.site.name, self._move(self.site.name).type(self.site.name))
+        if len(groups) == 1:
+            part = groups[0][0].part
+            yield part.name, (replace(part, outputs=(result,)),)
+        else:
+            yield result.name, tuple(_joined([group.part.outputs[0] for group, _, _ in groups], result, graph))
 
-    def renamed(self, graph: Graph) -> Iterator[tuple[str, str]]:
-        """The operands of groups that are all heads that are left, and what they are then."""
-        first = 0
-        for group in self.site.groups:
-            for _, call in group.taken:
-                if self._is_all(call, first, first + len(group.heads)):
-                    yield call.name, call.ref("self")
-            first += len(group.heads)
+    def renamed(self) -> Iterator[tuple[str, str]]:
+        """The operands of a group that are all heads that are left, and what they are then."""
+        for group, first, last in self.groups:
+            yield from ((call.name, call.ref("self")) for _, call in group.taken if self._is_all(call, first, last))
 
     def _is_all(self, call: Node, first: int, last: int) -> bool:
         source = call.ref("self")
         return (first, last) == (0, self._move(source).type(source).shape[1])
 
-    def _keeps_zeros(self) -> bool:
-        return len(self._move(self.site.name).order) == self.site.heads
-
     def _move(self, name: str) -> Move:
         return next(move for move in self.moves if name in move.path.axes)
+
+
+def _joined(parts: Sequence[Value], result: Value, graph: Graph) -> Iterator[Node]:
+    """Groups side by side, heads after tokens in memory, as attention's own result lies."""
+    turned = [Value(fresh(f"{part.name}.tokens", graph.values), _tokens_first(part)) for part in parts]
+    for part, value in zip(parts, turned, strict=True):
+        yield _transposed(part, value)
+    joined = Value(fresh(f"{result.name}.tokens", graph.values), _tokens_first(result))
+    yield Node("aten.cat", {"tensors": tuple(Ref(value.name) for value in turned), "dim": 2}, (joined,))
+    yield _transposed(joined, result)
+
+
+def _transposed(value: Value, result: Value) -> Node:
+    return Node("aten.transpose.int", {"self": Ref(value.name), "dim0": 1, "dim1": 2}, (result,))
+
+
+def _tokens_first(value: Value) -> TensorType:
+    assert isinstance(value.type, TensorType)
+    batch, heads, tokens, channels = value.type.shape
+    return replace(value.type, shape=(batch, tokens, heads, channels))
 
 
 def planned(graph: Graph) -> dict[str, Fusion | str]:
@@ -137,7 +162,8 @@ def planned(graph: Graph) -> dict[str, Fusion | str]:
         else:
             owners |= dict.fromkeys(calls, site.name)
         found[site.name] = fusion
-    return found
+    moving = _moving(found.values())
+    return {name: one if isinstance(one, str) else _with_likes(one, moving, within) for name, one in found.items()}
 
 
 def _planned(site: GroupedAttention, within: Surroundings) -> Fusion | str:
@@ -152,26 +178,47 @@ def _planned(site: GroupedAttention, within: Surroundings) -> Fusion | str:
     result = next(path for path in paths if site.name in path.axes)
     if result.whole and not site.computed:
         return "all heads are skipped, and a norm after attention needs them"
-    moves = [_move(site, path, result, within) for path in paths]
-    refused = next((move for move in moves if isinstance(move, str)), None)
-    return refused or Fusion(site, tuple(move for move in moves if isinstance(move, Move)))
+    mixed = _reads_heads(site, {name for path in paths for name in path.axes}, graph)
+    if mixed is not None:
+        return mixed
+    orders = [site.order if path.whole or result.whole else site.computed for path in paths]
+    moves = (Move(graph, path, site.heads, order, {}) for path, order in zip(paths, orders, strict=True))
+    return Fusion(site, tuple(moves))
 
 
-def _move(site: GroupedAttention, path: Path, result: Path, within: Surroundings) -> Move | str:
-    """The path's heads in the site's order; skipped ones left out unless something needs them."""
-    order = site.order if path.whole or result.whole else site.computed
-    likes: dict[str, str] = {}
-    move = Move(within.graph, path, site.heads, order, path is result, likes)
-    for node in within.graph.nodes if not order else ():
-        if node.name in path.calls and node.op == "aten.linear" and move.is_empty(node.ref("input")):
-            like = _like(node, path.axes, within)
-            if like is None:
-                return f"all heads are skipped, and nothing is there of which %{node.name} could take its extents"
-            likes[node.name] = like
-    return move
+def _reads_heads(site: GroupedAttention, moving: Container[str], graph: Graph) -> str | None:
+    """Why the site, beside taking its groups, depends on the order of heads, as by a mask made of queries."""
+    taken = {call.name for group in site.groups for _, call in group.taken}
+    for node in graph.nodes:
+        mixed = next((name for name in node.inputs if name in moving), None) if node.name in site.calls else None
+        if mixed is not None and node.name not in taken and site.groups:
+            return f"%{node.name} reads %{mixed}, whose heads move"
+    return None
 
 
-def _like(node: Node, axes: Mapping[str, HeadAxis], within: Surroundings) -> str | None:
+def _moving(fusions: Iterable[Fusion | str]) -> frozenset[str]:
+    """Every value whose heads move, and every one that is of some heads only."""
+    found = [fusion for fusion in fusions if isinstance(fusion, Fusion)]
+    moved = (name for fusion in found for move in fusion.moves for name in move.path.axes)
+    return frozenset((*moved, *(name for fusion in found for name in fusion.site.calls)))
+
+
+def _with_likes(fusion: Fusion, moving: Container[str], within: Surroundings) -> Fusion | str:
+    """The fusion, and where nothing is left of a product's input, something that tells the extents of its result."""
+    moves: list[Move] = []
+    for move in fusion.moves:
+        likes: dict[str, str] = {}
+        for node in within.graph.nodes if not move.order else ():
+            if node.name in move.path.calls and node.op == "aten.linear" and move.is_empty(node.ref("input")):
+                like = _like(node, moving, within)
+                if like is None:
+                    return f"all heads are skipped, and nothing is there of which %{node.name} could take its extents"
+                likes[node.name] = like
+        moves.append(replace(move, likes=likes))
+    return replace(fusion, moves=tuple(moves))
+
+
+def _like(node: Node, moving: Container[str], within: Surroundings) -> str | None:
     """The last activation of the node's type before it that is needed without it as well."""
     graph = within.graph
     cut = drop_unused(rewrite(graph, lambda one: (replace(one, args={}),) if one.name == node.name else None))
@@ -179,7 +226,7 @@ def _like(node: Node, axes: Mapping[str, HeadAxis], within: Surroundings) -> str
     for one in cut.nodes:
         if one.name == node.name:
             break
-        found += [value.name for value in one.outputs if value.type == node.type and value.name not in axes]
+        found += [value.name for value in one.outputs if value.type == node.type and value.name not in moving]
     return next((name for name in reversed(found) if name not in within.weights), None)
 
 

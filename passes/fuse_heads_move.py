@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from intarsia.ir.graph import Arg, Graph, Node, Ref, Value
-from intarsia.ir.rewrite import renamed
+from intarsia.ir.rewrite import fresh, renamed
 from intarsia.ir.types import TensorType
 from intarsia.kernels.block_sparse_attention.order import TokenOrder
 from intarsia.passes.head_blocks import HeadAxis
@@ -16,20 +16,25 @@ from intarsia.passes.head_trace import Path
 
 @dataclass
 class Gathered:
-    """Weights with their heads in another order, each made once however often it is read."""
+    """Weights with their heads in another order, each made once however often it is read.
+
+    Attributes:
+        orders: Names of the indices made so far, by their text.
+        weights: Names of the weights made so far, by name, axis and index.
+    """
 
     graph: Graph
-    made: dict[tuple[str, int, str], str] = field(default_factory=dict)
-    taken: set[str] = field(default_factory=set)
+    orders: dict[str, str] = field(default_factory=dict)
+    weights: dict[tuple[str, int, str], str] = field(default_factory=dict)
 
     def weight(self, name: str, axis: HeadAxis, order: Sequence[int], heads: int, use: str) -> tuple[str, list[Node]]:
         """The name of the weight as ``order`` has it, and the calls that make it where none did before.
 
-            %y.order: i64[6] = intarsia.integers(runs="2:2*1,0:2*1,6:2*1")
-            %q.weight: f32[6, 8] = aten.index_select(self=%w, dim=0, index=%y.order)
+            %q.order: i64[6] = intarsia.integers(runs="2:2*1,0:2*1,6:2*1")
+            %q.weight: f32[6, 8] = aten.index_select(self=%w, dim=0, index=%q.order)
 
         Args:
-            use: What the name of the new weight begins with.
+            use: The call that reads it, by which it is called.
         """
         type_ = self.graph.type(name)
         extent = cast("int", type_.shape[axis.axis])
@@ -37,24 +42,22 @@ class Gathered:
         if entries == list(range(extent)):
             return name, []
         runs = str(TokenOrder.of(entries))
-        if (name, axis.axis, runs) in self.made:
-            return self.made[name, axis.axis, runs], []
         nodes: list[Node] = []
-        if ("", 0, runs) not in self.made:
+        if runs not in self.orders:
             index = Value(self._fresh(f"{use}.order"), TensorType("i64", (len(entries),)))
-            self.made["", 0, runs] = index.name
+            self.orders[runs] = index.name
             nodes.append(Node("intarsia.integers", {"runs": runs}, (index,)))
-        shape = (*type_.shape[: axis.axis], len(entries), *type_.shape[axis.axis + 1 :])
-        value = Value(self._fresh(f"{use}.{name.rpartition('.')[2]}"), TensorType(type_.dtype, shape))
-        args: Mapping[str, Arg] = {"self": Ref(name), "dim": axis.axis, "index": Ref(self.made["", 0, runs])}
-        self.made[name, axis.axis, runs] = value.name
-        return value.name, [*nodes, Node("aten.index_select", args, (value,))]
+        key = (name, axis.axis, runs)
+        if key not in self.weights:
+            shape = (*type_.shape[: axis.axis], len(entries), *type_.shape[axis.axis + 1 :])
+            value = Value(self._fresh(f"{use}.{name.rpartition('.')[2]}"), TensorType(type_.dtype, shape))
+            self.weights[key] = value.name
+            args: Mapping[str, Arg] = {"self": Ref(name), "dim": axis.axis, "index": Ref(self.orders[runs])}
+            nodes.append(Node("aten.index_select", args, (value,)))
+        return self.weights[key], nodes
 
     def _fresh(self, name: str) -> str:
-        while name in self.graph.values or name in self.taken:
-            name += "_"
-        self.taken.add(name)
-        return name
+        return fresh(name, {*self.graph.values, *self.orders.values(), *self.weights.values()})
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,6 @@ class Move:
     Attributes:
         heads: How many there were.
         order: Those that are left, in their order.
-        joined: Whether the path has attention's result, which lies heads first in memory where groups are joined.
         likes: To a product with a weight of which nothing is left, by its name, a value of its result's type.
     """
 
@@ -72,7 +74,6 @@ class Move:
     path: Path
     heads: int
     order: tuple[int, ...]
-    joined: bool
     likes: Mapping[str, str]
 
     def type(self, name: str) -> TensorType:
@@ -106,22 +107,13 @@ class Move:
             replace(value, type=self.type(value.name)) if isinstance(value.type, TensorType) else value
             for value in node.outputs
         )
-        changed = replace(node, args=args, outputs=outputs)
-        return (*made, _as_reshape(changed) if self.joined and node.op == "aten.view" else _as_split(changed))
+        op = "aten.split_with_sizes" if "split_sizes" in args else node.op
+        return (*made, replace(node, op=op, args=args, outputs=outputs))
 
     def _resized(self, node: Node) -> Mapping[str, Arg]:
         """The call's arguments, those that speak of extents with the extents that are left."""
         rule = _EXTENTS.get(node.op)
         return node.args if rule is None or len(self.order) == self.heads else dict(rule(node, self))
-
-
-def _as_reshape(view: Node) -> Node:
-    """The same of a tensor that may lie in another order in memory."""
-    return replace(view, op="aten.reshape", args={"self": view.args["self"], "shape": view.args["size"]})
-
-
-def _as_split(node: Node) -> Node:
-    return replace(node, op="aten.split_with_sizes") if "split_sizes" in node.args else node
 
 
 def _constant(node: Node, like: str) -> Node:

@@ -41,7 +41,6 @@ class GroupedAttention:
         operands: The values of all heads that the groups are taken from, each (B, H, S, D).
         groups: At least two, those that are computed before those that are skipped; or none, if all heads are.
         calls: Names of the calls that are the site: what the groups are taken, computed and joined by.
-        type: The result's.
     """
 
     name: str

@@ -7,53 +7,19 @@ its values does to the others, so that the call still computes the same: that is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate
 from typing import cast
 
 import torch
 
-from intarsia.ir.graph import Graph, Node, Ref
+from intarsia.ir.graph import Ref
 from intarsia.ir.operators import resolve
 from intarsia.ir.sizes import Dim
-from intarsia.ir.types import TensorType
+from intarsia.passes import head_parts
 from intarsia.passes.head_blocks import HeadAxis, reshaped
-
-
-@dataclass(frozen=True)
-class Carried:
-    """What a call does with the heads of one of its values.
-
-    Attributes:
-        axes: Where the heads lie in the call's other values; a value that is absent is alike for all heads.
-        whole: Whether what the call gives for a head depends on all heads, as a norm over all of them does, so that
-            none may be left out.
-    """
-
-    axes: Mapping[str, HeadAxis]
-    whole: bool = False
-
-
-@dataclass(frozen=True)
-class Place:
-    """A call, one of its values by name, and where that value's heads lie."""
-
-    node: Node
-    graph: Graph
-    name: str
-    axis: HeadAxis
-    heads: int
-
-    def shape(self, name: str) -> tuple[Dim, ...]:
-        """The extents of a value."""
-        return self.graph.type(name).shape
-
-    def dim(self, of: str, default: int = 0) -> int:
-        """The call's argument ``dim``, counted from the first axis of the value ``of``."""
-        return cast("int", self.node.args.get("dim", default)) % len(self.shape(of))
-
+from intarsia.passes.head_place import Carried, Place, tensors
 
 Rule = Callable[[Place], Carried | str]
 """What the call does, or why nothing is known of it."""
@@ -71,12 +37,6 @@ def carried(place: Place) -> Carried | str:
 def _is_pointwise(op: str) -> bool:
     found = resolve(op)
     return isinstance(found, torch._ops.OpOverload) and torch.Tag.pointwise in found.tags
-
-
-def tensors(node: Node, graph: Graph) -> Iterator[str]:
-    """Names of all tensors that the call reads or defines, each once."""
-    names = dict.fromkeys((*node.inputs, *(value.name for value in node.outputs)))
-    return (name for name in names if isinstance(graph.values[name].type, TensorType))
 
 
 def elementwise(place: Place) -> Carried | str:
@@ -100,7 +60,7 @@ def _aligned(place: Place, names: Sequence[str]) -> Carried:
 
 def _reshape(place: Place) -> Carried | str:
     """Blocks of one axis are an axis of their own, or the other way round."""
-    other = _other(place, "self")
+    other = place.other("self")
     found = reshaped(place.axis, place.shape(place.name), place.shape(other), place.heads)
     if found is None:
         shapes = f"{_extents(place.shape(place.node.ref('self')))} to {_extents(place.shape(place.node.name))}"
@@ -124,104 +84,7 @@ def _moved(place: Place, dims: Sequence[int]) -> Carried:
     """Axis i of the result is axis ``dims[i]`` of the input."""
     backwards = place.name == place.node.name
     axis = dims[place.axis.axis] if backwards else dims.index(place.axis.axis)
-    return Carried({_other(place, "self"): replace(place.axis, axis=axis)})
-
-
-def _slice(place: Place) -> Carried | str:
-    """A part of the input, which begins at ``start``."""
-    whole, dim = place.node.ref("self"), place.dim(place.node.ref("self"))
-    if place.node.args.get("step", 1) != 1 and place.axis.axis == dim:
-        return f"aten.slice.Tensor takes every {place.node.args['step']}th entry of the heads' axis"
-    return _parts(place, whole, [(place.node.name, first_of_slice(place.node, place.graph))], dim)
-
-
-def first_of_slice(node: Node, graph: Graph) -> int:
-    """The entry at which ``aten.slice.Tensor`` begins; 0 along an axis of unknown extent."""
-    source = graph.type(node.ref("self")).shape
-    extent, start = source[cast("int", node.args.get("dim", 0))], node.args.get("start") or 0
-    if not isinstance(extent, int) or not isinstance(start, int):
-        return 0
-    return min(max(start + extent if start < 0 else start, 0), extent)
-
-
-def _split(place: Place) -> Carried | str:
-    """Parts of the input, one after the other."""
-    whole = place.node.ref("self")
-    return _lined_up(place, whole, [value.name for value in place.node.outputs], place.dim(whole))
-
-
-def _cat(place: Place) -> Carried | str:
-    """Parts of the result, one after the other."""
-    return _lined_up(place, place.node.name, place.node.inputs, place.dim(place.node.name))
-
-
-def _lined_up(place: Place, whole: str, parts: Sequence[str], dim: int) -> Carried | str:
-    extents = [place.shape(part)[dim] for part in parts]
-    starts = [0] * len(parts)
-    if place.axis.axis == dim:
-        if not all(isinstance(extent, int) for extent in extents):
-            return f"{place.node.op} puts parts of unknown extents on the heads' axis"
-        starts = [0, *accumulate(cast("list[int]", extents))][:-1]
-    return _parts(place, whole, list(zip(parts, starts, strict=True)), dim)
-
-
-def _parts(place: Place, whole: str, parts: Sequence[tuple[str, int]], dim: int) -> Carried | str:
-    """``parts`` hold the entries of ``whole`` along ``dim`` from these entries on."""
-    if place.axis.axis != dim:
-        return Carried(dict.fromkeys((whole, *(part for part, _ in parts)), place.axis))
-    if place.name != whole:
-        starts = sorted({start + first for part, first in parts if part == place.name for start in place.axis.starts})
-        return Carried({whole: replace(place.axis, starts=tuple(starts))})
-    found: dict[str, HeadAxis] = {}
-    for part, first in parts:
-        extent = cast("int", place.shape(part)[dim])
-        inside = place.axis.within(first, extent, place.heads)
-        if inside is None:
-            return f"{place.node.op} cuts between the {place.heads} heads of %{whole}"
-        if inside.starts:
-            found[part] = inside
-    return Carried(found)
-
-
-def _unbind(place: Place) -> Carried | str:
-    """The axis disappears from all parts."""
-    source = place.node.ref("self")
-    return _removed(place, source, [value.name for value in place.node.outputs], place.dim(source))
-
-
-def _select(place: Place) -> Carried | str:
-    source = place.node.ref("self")
-    return _removed(place, source, [place.node.name], place.dim(source))
-
-
-def _stack(place: Place) -> Carried | str:
-    """The axis is new in the result."""
-    return _removed(place, place.node.name, place.node.inputs, place.dim(place.node.name))
-
-
-def _removed(place: Place, whole: str, parts: Sequence[str], dim: int) -> Carried | str:
-    """``whole`` has the axis ``dim``, which its parts have not."""
-    axis = place.axis.axis
-    if place.name == whole:
-        if axis == dim:
-            return f"{place.node.op} takes the heads of %{whole} apart"
-        axis -= axis > dim
-    parted = replace(place.axis, axis=axis)
-    return Carried({**dict.fromkeys(parts, parted), whole: replace(parted, axis=axis + (axis >= dim))})
-
-
-def _scatter(place: Place) -> Carried | str:
-    """``src`` takes the place of a part of ``self``, along an axis without heads."""
-    if place.axis.axis == place.dim(place.node.name):
-        return f"{place.node.op} writes into the heads' axis"
-    return Carried(dict.fromkeys(tensors(place.node, place.graph), place.axis))
-
-
-def _take(place: Place) -> Carried | str:
-    """An index takes entries of an axis without heads."""
-    if place.axis.axis == place.dim(place.node.ref("self")):
-        return f"{place.node.op} takes single heads"
-    return Carried({_other(place, "self"): place.axis})
+    return Carried({place.other("self"): replace(place.axis, axis=axis)})
 
 
 def _norm(place: Place) -> Carried | str:
@@ -281,17 +144,12 @@ def _attention(place: Place) -> str:
     return f"%{place.name} goes through another attention too"
 
 
-def _other(place: Place, arg: str) -> str:
-    """The result of a call with one tensor, or that tensor, whichever the place is not."""
-    return place.node.ref(arg) if place.name == place.node.name else place.node.name
-
-
 def _extents(shape: Sequence[Dim]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
 _ALIKE = ("_to_copy", "alias", "contiguous", "detach", "empty_like", "to.dtype", "type_as", "zeros_like")
-_REGROUPING = ("_unsafe_view", "flatten.using_ints", "reshape", "squeeze.dim", "squeeze.dims", "unflatten.int")
+_REGROUPING = ("_unsafe_view", "flatten.using_ints", "reshape", "unflatten.int")
 
 _RULES: Mapping[str, Rule] = {
     **{f"aten.{op}": _same for op in _ALIKE},
@@ -299,20 +157,20 @@ _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("aten.copy", "aten.expand"), elementwise),
     **dict.fromkeys(("aten.layer_norm", "aten.rms_norm"), _norm),
     **dict.fromkeys(("aten.amax", "aten.mean.dim", "aten.sum.dim_IntList"), _reduce),
-    **dict.fromkeys(("aten.chunk", "aten.split.Tensor", "aten.split_with_sizes"), _split),
+    **dict.fromkeys(("aten.chunk", "aten.split.Tensor", "aten.split_with_sizes"), head_parts.split),
     **dict.fromkeys(
         ("aten.scaled_dot_product_attention", "intarsia.attention", "intarsia.block_sparse_attention"), _attention
     ),
-    "aten.cat": _cat,
-    "aten.index_select": _take,
+    "aten.cat": head_parts.cat,
+    "aten.index_select": head_parts.take,
     "aten.linear": _linear,
     "aten.permute": _permute,
-    "aten.select.int": _select,
-    "aten.slice.Tensor": _slice,
-    "aten.slice_scatter": _scatter,
-    "aten.stack": _stack,
+    "aten.select.int": head_parts.select,
+    "aten.slice.Tensor": head_parts.slice,
+    "aten.slice_scatter": head_parts.scatter,
+    "aten.stack": head_parts.stack,
     "aten.transpose.int": _transpose,
-    "aten.unbind.int": _unbind,
+    "aten.unbind.int": head_parts.unbind,
     "intarsia.norm_rope": _norm_rope,
 }
 """What is known of operators; pointwise ones, by PyTorch's own tag, are elementwise."""

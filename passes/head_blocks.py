@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 
 from intarsia.ir.sizes import Dim
@@ -30,6 +31,9 @@ class HeadAxis:
     axis: int
     inner: int
     starts: tuple[int, ...] = (0,)
+
+    def __str__(self) -> str:
+        return f"blocks of {self.inner} along axis {self.axis} from {', '.join(map(str, self.starts))} on"
 
     def entries(self, order: Sequence[int], heads: int, extent: int) -> list[int]:
         """The entries of an axis of ``extent`` with the heads as ``order`` has them, those it lacks left out."""
@@ -58,9 +62,11 @@ class HeadAxis:
         return replace(self, starts=tuple(inside))
 
     def fits(self, shape: Sequence[Dim], heads: int) -> bool:
-        """Whether a tensor of this shape has such an axis."""
+        """Whether a tensor of this shape has such an axis, on which no two blocks of heads overlap."""
         extent = shape[self.axis] if self.axis < len(shape) else None
-        return isinstance(extent, int) and self.starts[-1] + heads * self.inner <= extent
+        if not isinstance(extent, int):
+            return False
+        return all(first + heads * self.inner <= second for first, second in pairwise((*self.starts, extent)))
 
 
 def reshaped(axis: HeadAxis, shape: Sequence[Dim], target: Sequence[Dim], heads: int) -> HeadAxis | None:

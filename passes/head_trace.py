@@ -8,8 +8,9 @@ from functools import cached_property
 
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.program import split_constant
-from intarsia.passes.head_axis import Place, carried, tensors
+from intarsia.passes.head_axis import carried
 from intarsia.passes.head_blocks import HeadAxis
+from intarsia.passes.head_place import Place, tensors
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def trace_heads(
                     return f"%{node.name}: %{other} is {graph.type(other)}, which has no room for {heads} heads"
                 known = weights.get((node.name, other)) if other in within.weights else axes.get(other)
                 joined = _joined(known, axis)
-                if joined is None:
+                if joined is None or not joined.fits(graph.type(other).shape, heads):
                     return f"%{node.name}: the heads of %{other} would lie in two ways, as {known} and as {axis}"
                 if other in within.weights:
                     weights[node.name, other] = joined
