@@ -79,24 +79,31 @@ class Map:
 
 def maps(plan: Plan) -> tuple[Map, ...]:
     """One map for each pass that had something to decide."""
-    known = noted(plan)
     many = len(plan.phases) > 1
     return tuple(
-        _map(plan, step, options, _refused(plan, number), _phase_text(phase) if many else "")
-        for phase in plan.phases
-        for number, step in enumerate(phase.steps)
-        if (options := {place: these for (at, place), these in known.items() if at == number}) or step.chosen
+        _map(plan, step, options, _refused(plan, number, phase), _phase_text(at, phase) if many else "")
+        for phase, at in enumerate(plan.phases)
+        for number, step in enumerate(at.steps)
+        if (options := _options(plan, number, phase)) or step.chosen
     )
 
 
-def _phase_text(phase: Phase) -> str:
-    return f", steps {phase.first} to {'the last' if phase.last is None else phase.last}"
+def _options(plan: Plan, number: int, phase: int) -> dict[str, tuple[Weighed, ...]]:
+    return {place: options for (at, place), options in noted(plan, phase).items() if at == number}
 
 
-def _refused(plan: Plan, number: int) -> Mapping[str, str]:
+def _phase_text(phase: Phase, number: int) -> str:
+    return f", phase {number}, steps {phase.first} to {'the last' if phase.last is None else phase.last}"
+
+
+def _refused(plan: Plan, number: int, phase: int) -> Mapping[str, str]:
     entries = plan.notes.get("refused", [])
     assert isinstance(entries, list)
-    return {entry["place"]: entry["why"] for entry in entries if entry["step"] == number}
+    return {
+        entry["place"]: entry["why"]
+        for entry in entries
+        if entry["step"] == number and entry.get("phase", phase) == phase
+    }
 
 
 def _map(plan: Plan, step: Step, known: Mapping[str, Sequence[Weighed]], refused: Mapping[str, str], phase: str) -> Map:

@@ -173,13 +173,16 @@ def explained(explanation: Explanation, place: str | None) -> tuple[dict[str, ob
         return None
     data = explanation.to_json()
     wanted = {row.place for row in rows}
+    many = any(row.phase for row in rows)
     every = data["rows"]
     assert isinstance(every, list)
     data["rows"] = [row for row in every if row["place"] in wanted]
     if place is None:
-        told = [(row.place, row.chosen or "not offered", row.why) for row in rows]
-        return data, [table(("place", "chosen", "why"), told)]
-    return data, [line for row in rows for line in _options(row)]
+        told = [(str(row.phase), row.place, row.chosen or "not offered", row.why) for row in rows]
+        columns = ("phase", "place", "chosen", "why")
+        first = 0 if many else 1
+        return data, [table(columns[first:], [row[first:] for row in told])]
+    return data, [line for row in rows for line in (*([f"phase {row.phase}"] if many else []), *_options(row))]
 
 
 def _options(row: Row) -> Lines:

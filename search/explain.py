@@ -31,13 +31,18 @@ class Weighed:
 
 @dataclass(frozen=True)
 class Row:
-    """One place: what was offered, what was chosen, and why. A place that offers nothing has no options."""
+    """One place: what was offered, what was chosen, and why. A place that offers nothing has no options.
+
+    Attributes:
+        phase: The phase of the denoising loop that it was chosen for; 0 where the plan has one phase.
+    """
 
     run: str
     place: str
     chosen: str
     options: tuple[Weighed, ...]
     why: str
+    phase: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Explanation:
 
 
 def explain(plan: Plan, graph: Graph, target: Target, sizes: Mapping[str, int] | None = None) -> Explanation:
-    """Every decision of the plan's first phase, with the numbers of the search that made it, or predicted ones.
+    """Every decision of the plan, phase by phase, with the numbers of the search that made it, or predicted ones.
 
     A plan written by hand, or asked about for another target, has predicted costs and no errors.
 
@@ -62,33 +67,45 @@ def explain(plan: Plan, graph: Graph, target: Target, sizes: Mapping[str, int] |
         UsageError, SpecError: A pass of the plan is unknown.
         InvalidGraph: A named size has no value.
     """
-    steps = plan.phases[0].steps
+    order = {node.name: number for number, node in enumerate(graph.nodes)}
+    rows: list[Row] = []
+    for phase in range(len(plan.phases)):
+        of_phase = _rows(plan, phase, graph, target, sizes or {})
+        rows += sorted(of_phase, key=lambda row: order.get(row.place, len(order)))
+    return Explanation(tuple(rows), plan.notes)
+
+
+def _rows(plan: Plan, phase: int, graph: Graph, target: Target, sizes: Mapping[str, int]) -> list[Row]:
+    steps = plan.phases[phase].steps
     passes = tuple(find_pass(step.run) for step in steps)
     places = open_places(passes, graph, target)
     changed = graph
     for pass_, step in zip(passes, steps, strict=True):
         check_chosen(pass_, changed, target, step.chosen)
         changed = pass_.run(changed, target, {})
-    known = noted(plan) if plan.target == target.name else {}
+    known = noted(plan, phase) if plan.target == target.name else {}
     unknown = tuple(place for place in places if (place.step, place.name) not in known)
-    known |= _predicted(passes, graph, target, unknown, sizes or {})
+    known |= _predicted(passes, graph, target, unknown, sizes)
     total = plan.notes.get("error")
     rows: list[Row] = []
     for place in places:
         weighed = known[place.step, place.name]
         chosen = steps[place.step].chosen.get(place.name, place.options[0])
         reason = why(weighed, chosen, total if isinstance(total, float) else None)
-        rows.append(Row(steps[place.step].run, place.name, chosen, weighed, reason))
+        rows.append(Row(steps[place.step].run, place.name, chosen, weighed, reason, phase))
     refused = refused_places(passes, graph, target)
-    rows += [Row(steps[number].run, name, "", (), reason) for number, name, reason in refused]
-    order = {node.name: number for number, node in enumerate(graph.nodes)}
-    return Explanation(tuple(sorted(rows, key=lambda row: order.get(row.place, len(order)))), plan.notes)
+    return rows + [Row(steps[number].run, name, "", (), reason, phase) for number, name, reason in refused]
 
 
-def noted(plan: Plan) -> dict[tuple[int, str], tuple[Weighed, ...]]:
-    """What the search wrote into the plan, by pass and place; empty for a plan that no search made."""
+def noted(plan: Plan, phase: int = 0) -> dict[tuple[int, str], tuple[Weighed, ...]]:
+    """What the search wrote into the plan, by pass and place; empty for a plan that no search made.
+
+    An entry with a ``phase`` is of that phase alone, one without is of every phase.
+    """
     found: dict[tuple[int, str], tuple[Weighed, ...]] = {}
     for entry in cast("list[dict[str, object]]", plan.notes.get("places", [])):
+        if entry.get("phase", phase) != phase:
+            continue
         options = cast("list[dict[str, Any]]", entry["options"])
         found[cast(int, entry["step"]), str(entry["place"])] = tuple(
             Weighed(each["option"], each["seconds"], int(each["bytes"]), each["error"]) for each in options

@@ -34,7 +34,7 @@ from intarsia.pictures import write_videos
 from intarsia.report import render
 from intarsia.search.progress import Silent
 from intarsia.subject import Subject, resolve, sampled
-from intarsia.summaries import bundled, inspected, timed
+from intarsia.summaries import bundled, explained, inspected, timed
 
 UP, DOWN = "blocks.0.ffn.net.0.proj.linear", "blocks.0.ffn.net.2.linear"
 SAMPLER = FlowMatchEuler(steps=4, shift=3.0, guidance=3.0)
@@ -326,3 +326,14 @@ def test_a_loop_of_several_programs_runs_no_call_that_belongs_to_two(bundle: Bun
     inputs[place] = torch.tensor([SAMPLER.timesteps()[0], SAMPLER.timesteps()[3]])
     with pytest.raises(UsageError, match="timesteps of phases 0 and 1"):
         bundle.engine("null")(*inputs)
+
+
+def test_explain_tells_what_was_chosen_in_each_phase(bundle: Bundle, plan: Plan) -> None:
+    explanation = intarsia.explain("wan-mini", plan)
+    assert {(row.phase, row.chosen) for row in explanation.rows if row.place == UP} == {(0, "i8"), (1, "i4(group=32)")}
+    told = explained(explanation, UP)
+    assert told is not None
+    assert [line for line in told[1] if isinstance(line, str) and line.startswith("phase")] == ["phase 0", "phase 1"]
+    page = render(bundle.folder)
+    assert "</code>, phase 0, steps 0 to 1. Rows" in page
+    assert "</code>, phase 1, steps 2 to the last. Rows" in page
