@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from intarsia.backends.base import Engine
 from intarsia.backends.bundle import Bundle
 from intarsia.backends.null import NullEngine
-from intarsia.backends.runner import bench, denoiser, write_video
+from intarsia.backends.phases import StepRange
+from intarsia.backends.runner import bench, bench_loop, denoiser, write_video
 from intarsia.ir.errors import MissingEnvironment, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program, example_inputs
@@ -100,3 +103,31 @@ def test_a_video_that_cannot_be_finished_leaves_nothing(tmp_path: Path, monkeypa
     with pytest.raises(MissingEnvironment, match="no room on the disk"):
         write_video(torch.zeros(3, 2, 8, 8), tmp_path / "deep" / "video.gif")
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_loop_is_timed_phase_by_phase_and_a_shared_program_once() -> None:
+    phases = (
+        StepRange(0, 0, 0, (1000.0, 1000.0)),
+        StepRange(1, 3, 1, (900.0, 500.0)),
+        StepRange(4, 4, 0, (100.0, 100.0)),
+    )
+    told: list[float] = []
+
+    class Stepping(Engine):
+        def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            told.append(float(inputs[0]))
+            time.sleep(0.02 if inputs[0] == 1000 else 0.001)
+            return inputs
+
+        @property
+        def device(self) -> str:
+            return "a clock"
+
+    graph = Graph.parse("graph g {\n input %timestep: f32[1]\n %y: f32[1] = aten.relu(self=%timestep)\n return %y\n}")
+    timing = bench_loop(Stepping(), (torch.zeros(1),), graph=graph, phases=phases, repeats=2)
+    facts = timing.to_json()
+    seconds = [one["seconds"] for one in facts["phases"]]  # type: ignore[attr-defined]
+    assert sorted(set(told)) == [900.0, 1000.0]
+    assert seconds[0] == seconds[2] >= 0.02
+    assert facts["loop_seconds"] == pytest.approx(2 * seconds[0] + 3 * seconds[1])
+    assert facts["seconds"] == pytest.approx(facts["loop_seconds"] / 5)  # type: ignore[operator]
