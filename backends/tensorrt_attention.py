@@ -1,20 +1,74 @@
-"""Attention in pieces where TensorRT has no kernel for it whole: in f32.
+"""Attention in another form where TensorRT has no kernel for it: in f32, and of a single head.
 
-    Attention(%q, %k, %v, %mask)  ->  MatMul(Softmax(MatMul(%q * scale, Transpose(%k)) masked), %v)
+    in f32: Attention(%q, %k, %v, %mask)  ->  MatMul(Softmax(MatMul(%q * scale, Transpose(%k)) masked), %v)
+    one head of one sample: two halves of its queries, as two heads that have the same keys
 
 TensorRT-RTX 1.7 builds whole attention in f16 and bf16, with and without mask, and ends with "Attention operation was
-not supported by a dedicated kernel" in f32.
+not supported by a dedicated kernel" in f32, and wherever there are one sample and one head.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from intarsia.backends.onnx_weights import Tape, value_of
+from intarsia.backends.tensorrt_tape import Tape as GraphTape
+from intarsia.ir.graph import Graph, Node, Ref
+from intarsia.ir.rewrite import rewrite
+from intarsia.ir.types import TensorType
 
 if TYPE_CHECKING:
     import onnx_ir
+
+_ATTENTIONS = ("aten.scaled_dot_product_attention", "intarsia.attention")
+
+
+def halve_single_heads(graph: Graph) -> Graph:
+    """The graph with two heads of half the queries wherever one head of one sample stands alone.
+
+    Attention in f32 is computed in pieces in any case; a causal mask cannot be cut, so attention with one stays.
+    """
+    return rewrite(graph, lambda node: _halved(node, graph))
+
+
+def _halved(node: Node, graph: Graph) -> Sequence[Node] | None:
+    shape = node.type.shape if node.op in _ATTENTIONS else ()
+    if len(shape) != 4 or shape[:2] != (1, 1) or node.type.dtype == "f32" or node.args.get("is_causal"):
+        return None
+    count = shape[2]
+    if not isinstance(count, int):
+        return None
+    tape, half = GraphTape(node), (count + 1) // 2
+    args = {**node.args, "query": _halves(tape, node.ref("query"), graph)}
+    for key in ("key", "value"):
+        name = node.ref(key)
+        twice = TensorType(node.type.dtype, (1, 2, *graph.type(name).shape[2:]))
+        args[key] = tape.call("aten.cat", f"{key}.twice", twice, tensors=(Ref(name), Ref(name)), dim=1)
+    mask = node.args.get("attn_mask")
+    if isinstance(mask, Ref) and graph.type(mask.name).shape[-2] == count:
+        args["attn_mask"] = _halves(tape, mask.name, graph)
+    answer = tape.call(node.op, "halves", TensorType(node.type.dtype, (1, 2, half, shape[3])), **args)
+    whole = TensorType(node.type.dtype, (1, 1, 2 * half, shape[3]))
+    answer = tape.call("aten.reshape", "whole", whole, self=answer, shape=whole.shape)
+    if count % 2:
+        tape.call("aten.slice.Tensor", "cut", node.type, self=answer, dim=2, start=0, end=count)
+    return tape.nodes()
+
+
+def _halves(tape: GraphTape, name: str, graph: Graph) -> Ref:
+    """A tensor (1, 1, N, C) as (1, 2, N/2, C), behind an odd number of rows the first one again."""
+    dtype = graph.type(name).dtype
+    count, channels = (cast(int, extent) for extent in graph.type(name).shape[-2:])
+    value = Ref(name)
+    if count % 2:
+        flat, row, even = (TensorType(dtype, (rows, channels)) for rows in (count, 1, count + 1))
+        value = tape.call("aten.reshape", f"{name}.rows", flat, self=value, shape=flat.shape)
+        first = tape.call("aten.slice.Tensor", f"{name}.first", row, self=value, dim=0, start=0, end=1)
+        value = tape.call("aten.cat", f"{name}.even", even, tensors=(value, first), dim=0)
+    type_ = TensorType(dtype, (1, 2, (count + 1) // 2, channels))
+    return tape.call("aten.reshape", f"{name}.halves", type_, self=value, shape=type_.shape)
 
 
 def spell_out(graph: onnx_ir.Graph) -> None:

@@ -10,6 +10,7 @@ from intarsia.ir.graph import Graph, Node
 from intarsia.ir.sizes import evaluate
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
+from intarsia.kernels.block_sparse_attention.op import OPS
 
 TYPES = ("f32", "f16", "bf16", "f8e4m3", "i64", "i32", "i8", "u8", "b1")
 """Element types that TensorRT has."""
@@ -56,7 +57,7 @@ def why_not(node: Node, graph: Graph, target: Target) -> str | None:
         given = [key for key in _DYADIC if node.args.get(key) is not None]
         computed = [key for key in given if node.ref(key) not in params]
         return f"{computed[0]} is computed at run time; materialize the program first" if computed else None
-    return None if node.op in SCALINGS else OnnxBackend().why_not(node, graph, target)
+    return None if node.op in (*SCALINGS, *OPS) else OnnxBackend().why_not(node, graph, target)
 
 
 def _capability(architecture: str) -> int:

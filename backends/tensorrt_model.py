@@ -24,7 +24,8 @@ from intarsia.backends.onnx_fusion import fuse
 from intarsia.backends.onnx_model import Dialect
 from intarsia.backends.onnx_operators import translations
 from intarsia.backends.onnx_weights import Tape, Weights, constant, product, value_of
-from intarsia.backends.tensorrt_attention import spell_out
+from intarsia.backends.tensorrt_attention import halve_single_heads, spell_out
+from intarsia.backends.tensorrt_sparse import gather_keys
 from intarsia.ir.graph import Arg, Graph, Node, Ref, Symbol, Value
 from intarsia.ir.rewrite import rewrite
 from intarsia.ir.types import TensorType
@@ -88,7 +89,8 @@ def _(input: Tensor, dtype: torch.dtype) -> Tensor:
 
 def lower(graph: Graph) -> Graph:
     """The graph in operators that have a spelling below."""
-    return fuse(rewrite(graph, lambda node: _lowered(node, graph)))
+    lowered = gather_keys(rewrite(graph, lambda node: _lowered(node, graph)))
+    return fuse(halve_single_heads(lowered))
 
 
 def _lowered(node: Node, graph: Graph) -> Sequence[Node] | None:
