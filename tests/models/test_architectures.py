@@ -52,13 +52,13 @@ def linear(columns: int, rows: int) -> int:
     return columns * rows + rows
 
 
-def cogvideox(*, width: int, head: int, layers: int) -> int:
+def cogvideox(*, width: int, head: int, layers: int, patch: int = 2 * 2) -> int:
     """Counted by hand: adaLN of both streams comes from one linear layer, attention and feed-forward are shared."""
     norms = 2 * (linear(512, 6 * width) + 2 * width)
     block = norms + attention(width) + 2 * 2 * head + linear(width, 4 * width) + linear(4 * width, width)
-    patches = linear(16 * 2 * 2, width) + linear(4096, width)
+    patches = linear(16 * patch, width) + linear(4096, width)
     time = linear(width, 512) + linear(512, 512)
-    out = 2 * width + linear(512, 2 * width) + 2 * width + linear(width, 16 * 2 * 2)
+    out = 2 * width + linear(512, 2 * width) + 2 * width + linear(width, 16 * patch)
     return layers * block + patches + time + out
 
 
@@ -76,6 +76,7 @@ def ltx(*, width: int, layers: int) -> int:
         ("resnet18", 11_689_512),
         ("resnet50", 25_557_032),
         ("cogvideox-5b", 5_570_283_072),
+        ("cogvideox1.5-5b", 5_570_676_352),
         ("hunyuanvideo", 12_821_012_544),
         ("ltx-2b", 1_923_385_472),
     ],
@@ -88,6 +89,7 @@ def test_published_sizes_have_the_published_parameters(name: str, published: int
 
 def test_published_parameters_are_those_counted_by_hand() -> None:
     assert cogvideox(width=3072, head=64, layers=42) == 5_570_283_072
+    assert cogvideox(width=3072, head=64, layers=42, patch=2 * 2 * 2) == 5_570_676_352
     assert ltx(width=2048, layers=28) == 1_923_385_472
 
 
@@ -95,6 +97,7 @@ def test_published_parameters_are_those_counted_by_hand() -> None:
     ("name", "shape"),
     [
         ("cogvideox-5b", (1, 13, 16, 60, 90)),
+        ("cogvideox1.5-5b", (1, 22, 16, 96, 170)),
         ("ltx-2b", (1, 5280, 128)),
         ("resnet50", (1, 1000)),
     ],
