@@ -23,8 +23,14 @@ from intarsia.kernels.block_sparse_attention.table import BlockTable, Run
 COPY = 8
 """Pairs of a query and a key that cost as much as copying one key and its value: ONNX Runtime 1.31, one core."""
 
+MASK = 1.1
+"""Cost of a pair where some groups of a piece are padded: all of it is computed under a mask."""
+
 PIECE = 1 << 17
 """Pairs that one piece less is worth: it is a handful of operators in a graph, and a start of each at run time."""
+
+PIECES = 256
+"""Of a large table, one piece less is worth this part of all pairs, so that many sizes do not make as many pieces."""
 
 WASTE = 1.1
 """Keys that a group of queries is given for each that it asks for, at most."""
@@ -102,7 +108,7 @@ class Gathers:
         block_k: int,
         most: int | None = None,
     ) -> Self:
-        """The pieces that cost least, by ``COPY`` and ``PIECE``; none is padded beyond ``WASTE``.
+        """The pieces that cost least, by the prices above; none is padded beyond ``WASTE``.
 
         Args:
             table: Which blocks of ``block_q`` queries attend to which blocks of ``block_k`` keys.
@@ -114,13 +120,14 @@ class Gathers:
             most: Queries of a group at most; groups that share their keys are not cut without it.
         """
         cut = table.columns * block_k - keys
+        worth = max(PIECE, table.count * block_q * block_k // PIECES)
         groups = [
             _Group(group[first : first + (most or group.size)], row, cut if row[-1][1] == table.columns - 1 else 0)
             for row, parts in _rows(table, queries, block_q).items()
-            for group in _together(row, parts, block_k)
+            for group in _together(row, parts, block_k, worth)
             for first in range(0, group.size, most or group.size)
         ]
-        pieces = tuple(_piece(bucket, block_k) for bucket in _buckets(groups, block_k))
+        pieces = tuple(_piece(bucket, block_k) for bucket in _buckets(groups, block_k, worth))
         given = [piece.queries.reshape(-1) for piece in pieces]
         done = np.concatenate([*given, np.array([], np.int64)])
         answers = np.full(queries, done.size, np.int64)
@@ -161,13 +168,15 @@ def _rows(table: BlockTable, queries: int, block_q: int) -> Mapping[tuple[Run, .
     return found
 
 
-def _together(row: tuple[Run, ...], parts: Sequence[NDArray[np.int64]], block_k: int) -> Sequence[NDArray[np.int64]]:
+def _together(
+    row: tuple[Run, ...], parts: Sequence[NDArray[np.int64]], block_k: int, worth: int
+) -> Sequence[NDArray[np.int64]]:
     """The queries of equal rows as one group where that saves more copies than a piece is worth, else one by one."""
     saved = COPY * (len(parts) - 1) * _count(row) * block_k
-    return [np.concatenate(parts)] if saved > PIECE else parts
+    return [np.concatenate(parts)] if saved > worth else parts
 
 
-def _buckets(groups: Sequence[_Group], block_k: int) -> Iterator[Sequence[_Group]]:
+def _buckets(groups: Sequence[_Group], block_k: int, worth: int) -> Iterator[Sequence[_Group]]:
     """Groups that become one piece: as many queries each, and as many keys or nearly so."""
     alike: Mapping[tuple[int, int], list[_Group]] = defaultdict(list)
     for group in groups:
@@ -175,19 +184,20 @@ def _buckets(groups: Sequence[_Group], block_k: int) -> Iterator[Sequence[_Group
     for (size, _), members in alike.items():
         members.sort(key=lambda group: group.count)
         counts = [group.count for group in members]
-        cuts = _cheapest([count * block_k * size for count in counts])
+        cuts = _cheapest([count * block_k * size for count in counts], worth)
         for first, end in zip([0, *cuts], cuts, strict=False):
             yield sorted(members[first:end], key=lambda group: int(group.queries[0]))
 
 
-def _cheapest(pairs: Sequence[int]) -> list[int]:
+def _cheapest(pairs: Sequence[int], worth: int) -> list[int]:
     """Ends of the neighbours that go together, for ascending pairs of groups: padding against pieces."""
     ends = [index + 1 for index in range(len(pairs)) if index + 1 == len(pairs) or pairs[index] < pairs[index + 1]]
-    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for end in ends:
         most = pairs[end - 1]
         starts = [start for start in best if most <= WASTE * pairs[start]]
-        best[end] = min((best[s][0] + (end - s) * most + PIECE, [*best[s][1], end]) for s in starts)
+        prices = {start: (end - start) * most * (MASK if pairs[start] < most else 1) + worth for start in starts}
+        best[end] = min((best[start][0] + price, [*best[start][1], end]) for start, price in prices.items())
     return best[len(pairs)][1]
 
 
