@@ -112,7 +112,7 @@ class Fusion:
             part = groups[0][0].part
             yield part.name, (replace(part, outputs=(result,)),)
         else:
-            yield result.name, tuple(_joined([group.part.outputs[0] for group, _, _ in groups], result, graph))
+            yield result.name, tuple(_joined([group.part for group, _, _ in groups], result, graph))
 
     def renamed(self) -> Iterator[tuple[str, str]]:
         """The operands of a group that are all heads that are left, and what they are then."""
@@ -127,24 +127,26 @@ class Fusion:
         return next(move for move in self.moves if name in move.path.axes)
 
 
-def _joined(parts: Sequence[Value], result: Value, graph: Graph) -> Iterator[Node]:
+def _joined(parts: Sequence[Node], result: Value, graph: Graph) -> Iterator[Node]:
     """Groups side by side, heads after tokens in memory, as attention's own result lies."""
-    turned = [Value(fresh(f"{part.name}.tokens", graph.values), _tokens_first(part)) for part in parts]
+    turned = [_tokens_first(part.outputs[0], graph) for part in parts]
     for part, value in zip(parts, turned, strict=True):
-        yield _transposed(part, value)
-    joined = Value(fresh(f"{result.name}.tokens", graph.values), _tokens_first(result))
-    yield Node("aten.cat", {"tensors": tuple(Ref(value.name) for value in turned), "dim": 2}, (joined,))
-    yield _transposed(joined, result)
+        yield _transposed(part.name, value, part.source)
+    joined, source = _tokens_first(result, graph), parts[0].source
+    yield Node("aten.cat", {"tensors": tuple(Ref(value.name) for value in turned), "dim": 2}, (joined,), source)
+    yield _transposed(joined.name, result, source)
 
 
-def _transposed(value: Value, result: Value) -> Node:
-    return Node("aten.transpose.int", {"self": Ref(value.name), "dim0": 1, "dim1": 2}, (result,))
+def _transposed(name: str, result: Value, source: str) -> Node:
+    return Node("aten.transpose.int", {"self": Ref(name), "dim0": 1, "dim1": 2}, (result,), source)
 
 
-def _tokens_first(value: Value) -> TensorType:
+def _tokens_first(value: Value, graph: Graph) -> Value:
     assert isinstance(value.type, TensorType)
     batch, heads, tokens, channels = value.type.shape
-    return replace(value.type, shape=(batch, tokens, heads, channels))
+    return Value(
+        fresh(f"{value.name}.tokens", graph.values), replace(value.type, shape=(batch, tokens, heads, channels))
+    )
 
 
 def planned(graph: Graph) -> dict[str, Fusion | str]:

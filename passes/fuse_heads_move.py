@@ -27,14 +27,14 @@ class Gathered:
     orders: dict[str, str] = field(default_factory=dict)
     weights: dict[tuple[str, int, str], str] = field(default_factory=dict)
 
-    def weight(self, name: str, axis: HeadAxis, order: Sequence[int], heads: int, use: str) -> tuple[str, list[Node]]:
+    def weight(self, name: str, axis: HeadAxis, order: Sequence[int], heads: int, use: Node) -> tuple[str, list[Node]]:
         """The name of the weight as ``order`` has it, and the calls that make it where none did before.
 
             %q.order: i64[6] = intarsia.integers(runs="2:2*1,0:2*1,6:2*1")
             %q.weight: f32[6, 8] = aten.index_select(self=%w, dim=0, index=%q.order)
 
         Args:
-            use: The call that reads it, by which it is called.
+            use: The call that reads it, after which it is named.
         """
         type_ = self.graph.type(name)
         extent = cast("int", type_.shape[axis.axis])
@@ -44,16 +44,16 @@ class Gathered:
         runs = str(TokenOrder.of(entries))
         nodes: list[Node] = []
         if runs not in self.orders:
-            index = Value(self._fresh(f"{use}.order"), TensorType("i64", (len(entries),)))
+            index = Value(self._fresh(f"{use.name}.order"), TensorType("i64", (len(entries),)))
             self.orders[runs] = index.name
-            nodes.append(Node("intarsia.integers", {"runs": runs}, (index,)))
+            nodes.append(Node("intarsia.integers", {"runs": runs}, (index,), use.source))
         key = (name, axis.axis, runs)
         if key not in self.weights:
             shape = (*type_.shape[: axis.axis], len(entries), *type_.shape[axis.axis + 1 :])
-            value = Value(self._fresh(f"{use}.{name.rpartition('.')[2]}"), TensorType(type_.dtype, shape))
+            value = Value(self._fresh(f"{use.name}.{name.rpartition('.')[2]}"), TensorType(type_.dtype, shape))
             self.weights[key] = value.name
             args: Mapping[str, Arg] = {"self": Ref(name), "dim": axis.axis, "index": Ref(self.orders[runs])}
-            nodes.append(Node("aten.index_select", args, (value,)))
+            nodes.append(Node("aten.index_select", args, (value,), use.source))
         return self.weights[key], nodes
 
     def _fresh(self, name: str) -> str:
@@ -100,7 +100,7 @@ class Move:
         for name in dict.fromkeys(node.inputs):
             axis = self.path.weights.get((node.name, name))
             if axis is not None:
-                names[name], calls = gathered.weight(name, axis, self.order, self.heads, node.name)
+                names[name], calls = gathered.weight(name, axis, self.order, self.heads, node)
                 made += calls
         args = {key: renamed(arg, names) for key, arg in self._resized(node).items()}
         outputs = tuple(

@@ -93,7 +93,8 @@ def _groups(shape: Sequence[Dim], target: Sequence[Dim]) -> Iterator[tuple[range
 def _cuts(shape: Sequence[Dim]) -> dict[tuple[int, tuple[str, ...]], int]:
     """The last place at which the axes before it have a product of extents, by that product."""
     cuts: dict[tuple[int, tuple[str, ...]], int] = {}
-    number, names = 1, ()
+    number = 1
+    names: tuple[str, ...] = ()
     for place, extent in enumerate(shape):
         if isinstance(extent, int):
             number *= extent
