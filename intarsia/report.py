@@ -13,7 +13,7 @@ from intarsia.backends.writing import new_file
 from intarsia.report_charts import BarGroup, MetricRow, Trail, bars, bars_note, metric_row, trail
 from intarsia.report_facts import METRICS, Facts, figure, read_facts, timing
 from intarsia.report_map import Map, maps
-from intarsia.units import duration, ratio, size, speed
+from intarsia.units import duration, growth, size, speed
 
 
 def write_report(folder: Path, output: Path) -> Path:
@@ -176,7 +176,7 @@ def _verdict(facts: Facts) -> str:
     slow, fast = facts.predicted.get("baseline_seconds"), facts.predicted.get("seconds")
     gains: list[str] = []
     if before and after and before != after:
-        gains.append(f"its weights are {ratio(before, after)} smaller")
+        gains.append(f"its weights are {growth(before, after)}")
     if slow and fast and slow != fast:
         gains.append(f"it is predicted to run {speed(slow, fast)}")
     text = f"An engine for {facts.backends}"
@@ -198,7 +198,7 @@ def _cards(facts: Facts) -> tuple[Card, ...]:
     predicted = facts.predicted
     if predicted.get("baseline_bytes") and predicted.get("bytes"):
         before, after = predicted["baseline_bytes"], predicted["bytes"]
-        change = "as before" if before == after else f"{ratio(before, after)} smaller"
+        change = "as before" if before == after else growth(before, after)
         cards.append(Card("Weights", change, f"{size(before)} to {size(after)}"))
     cards.append(Card("Engine on disk", size(facts.engine_bytes), f"the files of {facts.backends}"))
     if predicted.get("baseline_seconds") and predicted.get("seconds"):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from intarsia.backends.phases import StepRange, title
 from intarsia.report_facts import METRICS, figure
-from intarsia.units import amount, duration, ratio, size, speed
+from intarsia.units import amount, duration, growth, size, speed
 
 if TYPE_CHECKING:
     from intarsia.backends.bundle import Bundle
@@ -155,7 +155,7 @@ def searched(result: SearchResult, output: Path) -> tuple[dict[str, object], Lin
     changed = sum(len(step.chosen) for phase in result.plan.phases for step in phase.steps)
     lines = [
         f"{output}: {changed} places changed, {len(result.tried)} plans measured end to end",
-        f"weights    {size(before.bytes)} to {size(after.bytes)}, {ratio(before.bytes, after.bytes)} smaller",
+        f"weights    {size(before.bytes)} to {size(after.bytes)}, {growth(before.bytes, after.bytes)}",
         f"predicted  {_faster(before.seconds, after.seconds)} on {result.plan.target}",
         *(
             _metrics(result.quality.to_json(), {})
@@ -226,7 +226,7 @@ def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:
     if "baseline_bytes" in predicted:
         before, after = predicted["baseline_bytes"], predicted["bytes"]
         change = f"{size(before)}, as before" if before == after else f"{size(before)} to {size(after)}"
-        lines.append(f"weights    {change}" + ("" if before == after else f", {ratio(before, after)} smaller"))
+        lines.append(f"weights    {change}" + ("" if before == after else f", {growth(before, after)}"))
         lines.append(f"predicted  {_faster(predicted['baseline_seconds'], predicted['seconds'])} on {target}")
     if "engine" in measured and "eager" in measured:
         timing = _faster(measured["eager"]["seconds"], measured["engine"]["seconds"])

@@ -38,6 +38,11 @@ def ratio(before: float, after: float) -> str:
     return f"{before / after:.3g}x" if after > 0 else "-"
 
 
+def growth(before: float, after: float) -> str:
+    """``3.4x smaller`` or ``1.2x larger``, of two sizes."""
+    return f"{ratio(after, before)} larger" if after > before else f"{ratio(before, after)} smaller"
+
+
 def speed(before: float, after: float) -> str:
     """``2.5x as fast``, of two times in seconds; within one percent ``as fast as before``."""
     return "as fast as before" if abs(before - after) < 0.01 * after else f"{ratio(before, after)} as fast"
