@@ -10,7 +10,8 @@ from intarsia.ir.tokens import TokenLayout
 from intarsia.passes.fuse_attention import OP as FUSED
 from intarsia.passes.fuse_attention import attention
 from intarsia.passes.token_axes import Axis, is_known, length
-from intarsia.passes.token_layout import TokenAxes, described, layout_of
+from intarsia.passes.token_flow import TokenAxes
+from intarsia.passes.token_layout import described, layout_of
 
 DENSE = "aten.scaled_dot_product_attention"
 SPARSE = "intarsia.block_sparse_attention"
