@@ -30,14 +30,21 @@ def denoiser(engine: Callable[..., tuple[Tensor, ...]], graph: Graph) -> Callabl
     An engine of a fixed batch is called as often as N rows need, the last call filled up with copies of the last row.
     Tensors are cast to the inputs' element types. UsageError if the names are not the graph's.
     """
+    return denoiser_together(lambda calls: [engine(*inputs)[0] for inputs in calls], graph)
+
+
+def denoiser_together(
+    engine: Callable[[Sequence[tuple[Tensor, ...]]], Sequence[Tensor]], graph: Graph
+) -> Callable[..., Tensor]:
+    """``denoiser`` of something that is given the inputs of all calls of a step at once."""
     rows = graph.type(graph.inputs[0].name).shape[0]
 
     def denoise(**tensors: Tensor) -> Tensor:
         inputs = _ordered(graph, tensors)
         count = len(inputs[0])
         step = rows if isinstance(rows, int) else count
-        parts = [engine(*(_rows(tensor, first, step) for tensor in inputs))[0] for first in range(0, count, step)]
-        return torch.cat(parts)[:count]
+        calls = [tuple(_rows(tensor, first, step) for tensor in inputs) for first in range(0, count, step)]
+        return torch.cat(list(engine(calls)))[:count]
 
     return denoise
 

@@ -102,10 +102,18 @@ Reference = Annotated[
     typer.Option("--reference", help="Where the engine cannot run here, run its files by other, slower means."),
 ]
 Goal = Annotated[str, typer.Option("--quality", help='Goal such as "psnr>=35" or "psnr>=35,motion_psnr>=30".')]
+AnyGoal = Annotated[str | None, typer.Option("--quality", help='Goal such as "psnr>=35"; not with a budget.')]
 Passes = Annotated[
     list[str] | None,
     typer.Option(
         "--pass", help="name(key=value) or ./file.py:Class(key=value); repeatable. [default: quantize-linear]"
+    ),
+]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        "--strategy",
+        help="places, or heads(density=0.25, ...): patterns of attention heads by phases of the loop.",
     ),
 ]
 MinimizeOption = Annotated[Minimize, typer.Option("--minimize", help="What to make small.")]
@@ -235,8 +243,9 @@ def search(
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="The plan, a .json file.")],
     target: TargetName,
-    quality: Goal,
+    quality: AnyGoal = None,
     passes: Passes = None,
+    strategy: Strategy = "places",
     minimize: MinimizeOption = Minimize.BOTH,
     effort: EffortOption = Effort.DEFAULT,
     seed: Seed = 0,
@@ -258,6 +267,7 @@ def search(
             target=target,
             quality=quality,
             passes=tuple(passes or flow.PASSES),
+            strategy=strategy,
             minimize=minimize.value,
             effort=effort.value,
             seed=seed,
@@ -443,6 +453,7 @@ def optimize(
     quality: Goal,
     backend: BackendNames = None,
     passes: Passes = None,
+    strategy: Strategy = "places",
     minimize: MinimizeOption = Minimize.BOTH,
     effort: EffortOption = Effort.DEFAULT,
     seed: Seed = 0,
@@ -466,6 +477,7 @@ def optimize(
             backends=tuple(backend or ("onnx",)),
             output=output,
             passes=tuple(passes or flow.PASSES),
+            strategy=strategy,
             minimize=minimize.value,
             effort=effort.value,
             seed=seed,

@@ -23,13 +23,15 @@ from intarsia.evidence import evidence, sample_inputs, verify_phases, verify_qua
 from intarsia.ir.errors import NoGain, UsageError
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program, example_inputs, materialize
+from intarsia.ir.spec import Spec, construct
 from intarsia.ir.target import Target, load_target
 from intarsia.models.sampler import FlowMatchEuler
 from intarsia.passes.apply import run_passes
-from intarsia.passes.base import find_pass
+from intarsia.passes.base import Pass, find_pass
 from intarsia.programs import planned, predicted
 from intarsia.search.explain import Explanation
 from intarsia.search.explain import explain as explain_plan
+from intarsia.search.heads import HeadSearch, search_heads
 from intarsia.search.journal import open_journal
 from intarsia.search.progress import Progress, Silent
 from intarsia.search.quality import Goal
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
 
 PASSES = ("quantize-linear",)
 """The passes that a search decides about when the user names none."""
+
+PLACES = "places"
+"""The search that weighs every place of every pass alike."""
 
 
 def trace(
@@ -65,8 +70,9 @@ def search(
     model: str | Path | Subject,
     *,
     target: str,
-    quality: str,
+    quality: str | None = None,
     passes: Sequence[str] = PASSES,
+    strategy: str = PLACES,
     minimize: str = "both",
     effort: str = "default",
     seed: int = 0,
@@ -83,6 +89,8 @@ def search(
         target: A shipped machine or the path of a TOML file.
         quality: Lower bounds against the unchanged model, such as ``"psnr>=35,motion_psnr>=30"``.
         passes: Whose questions are asked, in the order in which they run.
+        strategy: ``places``, one answer for the whole loop from errors of every place alone, or
+            ``heads(key=value)``, patterns of attention heads by phases of the loop; see ``search.heads.HeadSearch``.
         minimize: ``seconds``, ``bytes``, or ``both`` (the sum of both, each relative to the unchanged model).
         budget: Seconds for the search; what is best by then is the answer.
         fresh: Ignore what earlier searches have measured.
@@ -92,28 +100,105 @@ def search(
         NoGain: With ``fail_on_no_gain``, nothing is better than the unchanged model.
     """
     progress = progress or Silent()
-    goal, machine, chosen = Goal.parse(quality), load_target(target), [find_pass(text) for text in passes]
-    subject = model if isinstance(model, Subject) else _resolve(model, weights, progress)
-    if subject.program.is_meta:
+    goal, machine, chosen = Goal.parse(quality) if quality else None, load_target(target), list(map(find_pass, passes))
+    how = _strategy(strategy)
+    if how is None and goal is None:
+        raise UsageError('--quality is missing, such as --quality "psnr>=35"; only --strategy heads can do without')
+    subject = model if isinstance(model, Subject) else _search_subject(model, how, weights, progress)
+    if subject.program.is_meta and not (how and how.table):
         raise UsageError(f"{subject.name}: a search measures quality and needs weights; give --weights")
-    work = subjects.workload(subject, seed=seed, effort=effort, progress=progress)
-    result = find_plan(
-        subject.program,
-        machine,
-        chosen,
-        work,
-        goal,
-        minimize=minimize,
-        effort=effort,
-        seed=seed,
-        journal=open_journal(subject.program, work, fresh=fresh),
-        budget=budget,
-        notations=passes,
-        progress=progress,
-    )
+    if how is None:
+        assert goal is not None
+        work = subjects.workload(subject, seed=seed, effort=effort, progress=progress)
+        result = find_plan(
+            subject.program,
+            machine,
+            chosen,
+            work,
+            goal,
+            minimize=minimize,
+            effort=effort,
+            seed=seed,
+            journal=open_journal(subject.program, work, fresh=fresh),
+            budget=budget,
+            notations=passes,
+            progress=progress,
+        )
+    else:
+        result = _heads(
+            subject,
+            machine,
+            chosen,
+            goal,
+            how=how,
+            effort=effort,
+            seed=seed,
+            fresh=fresh,
+            budget=budget,
+            notations=passes,
+            progress=progress,
+        )
     if fail_on_no_gain and result.gain <= 0:
         raise NoGain(f"{subject.name}: no plan on {target} is better than the unchanged model within {quality}")
     return result
+
+
+def _strategy(text: str) -> HeadSearch | None:
+    """How heads are searched; None for the search over all places."""
+    spec = Spec.parse(text)
+    if spec.name == "heads":
+        return construct(HeadSearch, spec)
+    if str(spec) != PLACES:
+        raise UsageError(f"--strategy {text!r} is unknown. Known: {PLACES}, heads(key=value)")
+    return None
+
+
+def _search_subject(model: str | Path, how: HeadSearch | None, weights: Path | None, progress: Progress) -> Subject:
+    """The model with its weights; on the meta device where a table stands for all that would be measured."""
+    if how is None or not how.table:
+        return _resolve(model, weights, progress)
+    progress.start(f"trace {model}", None)
+    subject = subjects.resolve(model, meta=True)
+    progress.finish()
+    return subject
+
+
+def _heads(
+    subject: Subject,
+    machine: Target,
+    passes: Sequence[Pass],
+    goal: Goal | None,
+    *,
+    how: HeadSearch,
+    effort: str,
+    seed: int,
+    fresh: bool,
+    budget: float | None,
+    notations: Sequence[str],
+    progress: Progress,
+) -> SearchResult:
+    """The search over heads, which needs no calibration calls of its own where the model has a loop."""
+    work = None
+    if not how.table:
+        work = subjects.workload(subject, seed=seed, effort=effort, progress=progress, record=False)
+        if work.loop is None:
+            work = subjects.workload(subject, seed=seed, effort=effort, progress=progress)
+    elif subject.model and subject.model.sampler and not how.steps:
+        how = replace(how, steps=subject.model.sampler.steps)
+    return search_heads(
+        subject.program,
+        machine,
+        passes,
+        work,
+        goal,
+        how=how,
+        effort=effort,
+        seed=seed,
+        journal=open_journal(subject.program, work, fresh=fresh) if work else None,
+        budget=budget,
+        notations=notations,
+        progress=progress,
+    )
 
 
 def explain(
@@ -221,6 +306,7 @@ def optimize(
     backends: Sequence[str] = ("onnx",),
     output: Path,
     passes: Sequence[str] = PASSES,
+    strategy: str = PLACES,
     minimize: str = "both",
     effort: str = "default",
     seed: int = 0,
@@ -241,6 +327,7 @@ def optimize(
         target=target,
         quality=quality,
         passes=passes,
+        strategy=strategy,
         minimize=minimize,
         effort=effort,
         seed=seed,

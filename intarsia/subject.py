@@ -5,26 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from intarsia.backends.by_step import at_timestep
+from intarsia.backends.by_step import TIMESTEP, at_timestep
+from intarsia.backends.by_step import by_step as phased
 from intarsia.backends.null import NullEngine
-from intarsia.backends.runner import denoiser
+from intarsia.backends.phases import step_ranges
+from intarsia.backends.runner import denoiser, denoiser_together
 from intarsia.ir.errors import UsageError
 from intarsia.ir.exported import Dynamic
 from intarsia.ir.exported import trace as trace_module
 from intarsia.ir.graph import Graph
+from intarsia.ir.plan import Phase
 from intarsia.ir.program import Program, example_inputs, load_program, materialize
 from intarsia.ir.sizes import names
 from intarsia.ir.types import TensorType
 from intarsia.models import base as models
+from intarsia.models.sampler import noise
 from intarsia.passes.base import find_pass
 from intarsia.search.progress import Progress
-from intarsia.search.workload import Run, Workload
+from intarsia.search.workload import Loop, Run, Together, Workload
 
 if TYPE_CHECKING:
     from intarsia.models.sampler import Denoise, FlowMatchEuler
@@ -144,7 +149,10 @@ def workload(subject: Subject, *, seed: int, effort: str, progress: Progress, re
     if model is None or model.sampler is None or model.condition is None:
         return _random_workload(graph, model.sampler if model else None, seed=seed, effort=effort)
     videos = _VideoWorkload(graph, model, seed, effort)
-    return Workload(videos.recorded(subject.program, progress) if record else (), videos.outputs, videos.describe())
+    loop = videos.loop(subject.program)
+    calls = loop.record("calibration", videos.spread_steps(), progress) if record else ()
+    spread = tuple(call for samples in zip(*calls, strict=True) for call in samples)
+    return Workload(spread, videos.outputs, videos.describe(), loop)
 
 
 def _random_workload(graph: Graph, sampler: FlowMatchEuler | None, *, seed: int, effort: str) -> Workload:
@@ -203,33 +211,57 @@ class _VideoWorkload:
         return self._videos(cast("Denoise", denoiser(run, self.graph)), split, progress)
 
     def _videos(self, denoise: Denoise, split: str, progress: Progress) -> Tensor:
-        """Splits share neither noise nor, as far as there are enough, prompts."""
-        place, known = SPLITS.index(split), self.model.prompts
-        count = SAMPLES[self.effort][split]
-        prompts = [known[(self.seed + 16 * place + index) % len(known)] for index in range(count)]
-        progress.start(f"{split} videos", count * self._sampler.steps)
-        made = sampled(
-            denoise, self.graph, self.model, self._sampler, prompts, seed=3 * self.seed + place, progress=progress
-        )
+        prompts, seed = self._asked(split)
+        progress.start(f"{split} videos", len(prompts) * self._sampler.steps)
+        made = sampled(denoise, self.graph, self.model, self._sampler, prompts, seed=seed, progress=progress)
         progress.finish()
         return made
 
-    def recorded(self, program: Program, progress: Progress) -> tuple[tuple[Tensor, ...], ...]:
-        """The denoiser's inputs at evenly spread steps of the calibration videos of the unchanged model."""
-        run, steps = NullEngine(materialize(program)), self._sampler.steps
-        every = max(1, steps // RECORDED_STEPS)
-        recorded: list[tuple[Tensor, ...]] = []
-        count = 0
+    def loop(self, program: Program) -> Loop:
+        """The sampler's loop around ``program``."""
+        sampler = self._sampler
+
+        def by_step(served: Sequence[tuple[int, int, Run]]) -> Run:
+            ranges = step_ranges([Phase((), first, last) for first, last, _ in served], sampler.timesteps())
+            return phased([run for *_, run in served], ranges, self.graph)
+
+        def together(step: Together, split: str, progress: Progress) -> Tensor:
+            prompts, seed = self._asked(split)
+            start = noise(video_shape(self.graph), seed=seed, count=len(prompts))
+            assert self.model.condition is not None
+            denoise = cast("Denoise", denoiser_together(step, self.graph))
+            return sampler.sample(denoise, start, self.model.condition(prompts)).clamp(-1, 1)
+
+        return Loop(sampler.steps, partial(self._recorded, program), together, by_step, sampler.guide)
+
+    def spread_steps(self) -> list[int]:
+        """Denoising steps, evenly spread."""
+        every = max(1, self._sampler.steps // RECORDED_STEPS)
+        return list(range(every // 2, self._sampler.steps, every))
+
+    def _asked(self, split: str) -> tuple[list[str], int]:
+        """A split's prompts and the seed of its noise; splits share neither, as far as there are enough prompts."""
+        place, known = SPLITS.index(split), self.model.prompts
+        count = SAMPLES[self.effort][split]
+        return [known[(self.seed + 16 * place + index) % len(known)] for index in range(count)], 3 * self.seed + place
+
+    def _recorded(
+        self, program: Program, split: str, steps: Sequence[int], progress: Progress
+    ) -> list[list[tuple[Tensor, ...]]]:
+        """The inputs of the unchanged denoiser's calls at ``steps``, by step, of all videos of a split."""
+        run, timesteps = NullEngine(materialize(program)), self._sampler.timesteps()
+        at = [value.name for value in self.graph.inputs].index(TIMESTEP)
+        recorded: dict[int, list[tuple[Tensor, ...]]] = {step: [] for step in steps}
 
         def record(*inputs: Tensor) -> tuple[Tensor, ...]:
-            nonlocal count
-            if count % steps % every == every // 2:
-                recorded.append(tuple(tensor.clone() for tensor in inputs))
-            count += 1
+            told = float(inputs[at].flatten()[0])
+            step = min(range(len(timesteps)), key=lambda number: abs(timesteps[number] - told))
+            if step in recorded:
+                recorded[step].append(tuple(tensor.clone() for tensor in inputs))
             return run(*inputs)
 
-        self._videos(cast("Denoise", denoiser(record, self.graph)), "calibration", progress)
-        return tuple(recorded)
+        self._videos(cast("Denoise", denoiser(record, self.graph)), split, progress)
+        return [recorded[step] for step in steps]
 
 
 def video_shape(graph: Graph) -> tuple[int, ...]:
@@ -252,8 +284,6 @@ def sampled(
     progress: Progress,
 ) -> Tensor:
     """Videos (N, C, F, H, W) in [-1, 1], one a prompt, one after the other; video i has noise i of ``seed``."""
-    from intarsia.models.sampler import noise
-
     assert model.condition is not None
     made: list[Tensor] = []
     for index, prompt in enumerate(prompts):

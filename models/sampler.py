@@ -86,10 +86,17 @@ class FlowMatchEuler:
                 rows = torch.cat([state, state]) if guided else state
                 timestep = torch.full((len(rows),), now * TIMESTEPS, dtype=torch.float32, device=rows.device)
                 velocity = denoise(hidden_states=rows, timestep=timestep, encoder_hidden_states=text).float()
-                state = state + (after - now) * (self._guide(velocity) if guided else velocity)
+                state = state + (after - now) * self.guide(velocity)
                 if progress is not None:
                     progress(step + 1, self.steps)
         return state
+
+    def guide(self, velocity: Tensor) -> Tensor:
+        """The velocity that is followed, of the rows asked for and as many with null; without guidance all rows."""
+        if self.guidance == 1:
+            return velocity
+        asked, null = velocity.chunk(2)
+        return null + self.guidance * (asked - null)
 
     def to_json(self) -> str:
         """One JSON object, one key per field."""
@@ -104,10 +111,6 @@ class FlowMatchEuler:
             found = ", ".join(sorted(values)) if isinstance(values, dict) else text
             raise UsageError(f"sampler: found {found}; the fields are {', '.join(known)}")
         return cls(**values)
-
-    def _guide(self, velocity: Tensor) -> Tensor:
-        asked, null = velocity.chunk(2)
-        return null + self.guidance * (asked - null)
 
 
 def noise(shape: Sequence[int], *, seed: int, count: int, first: int = 0) -> Tensor:

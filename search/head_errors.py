@@ -1,0 +1,309 @@
+"""What each pattern loses at each head: at the head itself, or in the network's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from intarsia.ir.execute import call
+from intarsia.ir.graph import Graph, Node
+from intarsia.ir.program import Program
+from intarsia.ir.target import Target
+from intarsia.passes.attention_sites import Site
+from intarsia.passes.patterns.base import find_pattern
+from intarsia.passes.patterns.columns import columns_of
+from intarsia.passes.patterns.masks import Mask
+from intarsia.passes.patterns.vertical_stripe import VerticalStripe
+from intarsia.passes.sparse_attention import DENSE, SKIP, SparseAttention, places
+from intarsia.search.head_table import ABSENT, Floats
+from intarsia.search.roofline import node_cost
+from intarsia.search.sensitivity import Batch
+
+Answer = Callable[[Site, Sequence[Mapping[str, Any]]], Sequence[Tensor]]
+"""What a site's attention gives (B, H, S, D), for each of several calls that run side by side, from their values."""
+
+MASS_ROWS = 64
+"""Queries, evenly spread, whose attention says which columns of keys a head looks at."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """All heads of a graph that may be sparse, with the patterns of each.
+
+    Attributes:
+        pass_: Whose question is answered.
+        graph: The graph that it is asked about.
+        sites: The attentions.
+        options: Of each head of each site, in the order of ``places``, patterns that it may have; the first is dense.
+        target: The machine that costs are predicted for.
+        sizes: The graph's named sizes.
+    """
+
+    pass_: SparseAttention
+    graph: Graph
+    sites: tuple[Site, ...]
+    options: tuple[tuple[str, ...], ...]
+    target: Target
+    sizes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, pass_: SparseAttention, graph: Graph, target: Target, sizes: Mapping[str, int]) -> Heads:
+        """The heads to which the pass offers something."""
+        choices = pass_.choices(graph, target)
+        found = tuple(site for site in pass_.sites(graph) if places(site)[0] in choices)
+        return cls(pass_, graph, found, tuple(choices[p] for site in found for p in places(site)), target, sizes)
+
+    @cached_property
+    def places(self) -> tuple[str, ...]:
+        """What plans call the heads, site after site."""
+        return tuple(place for site in self.sites for place in places(site))
+
+    @property
+    def width(self) -> int:
+        """The largest number of options that a head has."""
+        return max(map(len, self.options))
+
+    def first(self, site: Site) -> int:
+        """The number of the site's first head."""
+        return self.places.index(places(site)[0])
+
+    def of_site(self, site: Site) -> tuple[tuple[str, ...], ...]:
+        """The options of the site's heads."""
+        first = self.first(site)
+        return self.options[first : first + site.heads]
+
+    def calibrated(self, mass: Mapping[str, Tensor]) -> Heads:
+        """The same with every stripe's columns where the head looks; ``mass`` (H, S) by site is what each key gets."""
+        options: list[tuple[str, ...]] = []
+        for site in self.sites:
+            block = self.pass_.block_of(site.layout)
+            for head, offered in enumerate(self.of_site(site)):
+                sums = _by_block(mass[site.name][head].double().numpy(), block)
+                options.append(tuple(_with_columns(option, sums, site, block) for option in offered))
+        return replace(self, options=tuple(options))
+
+    def density(self, site: Site, option: str) -> float:
+        """The share of pairs that a head of the site computes with this option."""
+        if option in (DENSE, SKIP):
+            return float(option == DENSE)
+        return _density(self.pass_, option, site)
+
+    def result(self, site: Site, head: int, option: str, table: Mapping[str, Any], *, rows: Tensor) -> Tensor:
+        """What one head gives with an option for the queries ``rows`` (R), as ``sampled_rows`` spreads them: (B, R, D).
+
+        ``table`` holds the site's operands by name.
+        """
+        query, key, value = (table[name][:, head : head + 1] for name in (site.query, site.key, site.value))
+        if option == SKIP:
+            return torch.zeros_like(query[:, 0, rows])
+        mask = None if option == DENSE else _rows_of(self.pass_, option, site, len(rows)).to(query.device)
+        if site.lengths:
+            kept = (torch.arange(key.shape[2])[None, :] < table[site.lengths][:, None])[:, None, None, :]
+            mask = kept if mask is None else mask & kept
+        scale = cast("float | None", self.graph.producers[site.name].args.get("scale"))
+        found = scaled_dot_product_attention(query[:, :, rows], key, value, attn_mask=mask, scale=scale)
+        found = found if mask is None else torch.where(mask.any(-1, keepdim=True), found, torch.zeros_like(found))
+        return found[:, 0]
+
+    def costs(self, unit: str) -> Floats:
+        """What each option costs (N, O) a step: ``density``, the share of all heads' pairs, or ``seconds``, predicted.
+
+        Seconds are the roofline's for one head of many, so that starting a kernel costs nothing.
+        """
+        found = np.full((len(self.places), self.width), ABSENT)
+        for site in self.sites:
+            for head, options in enumerate(self.of_site(site)):
+                number = self.first(site) + head
+                found[number, : len(options)] = [self._cost(site, option, unit) for option in options]
+        return found / len(self.places) if unit == "density" else found
+
+    def _cost(self, site: Site, option: str, unit: str) -> float:
+        if unit == "density" or option == SKIP:
+            return self.density(site, option)
+        priced = self._seconds.get((site.name, self.density(site, option)))
+        if priced is None:
+            found = node_cost(self.pass_.part(site, option, self.graph), self.graph, self.target, self.sizes)
+            priced = max(found.seconds - self.target.launch, 0.0) / site.heads
+            self._seconds[site.name, self.density(site, option)] = priced
+        return priced
+
+    @cached_property
+    def _seconds(self) -> dict[tuple[str, float], float]:
+        return {}
+
+
+@lru_cache(maxsize=4096)
+def _density(pass_: SparseAttention, option: str, site: Site) -> float:
+    return pass_.mask(option, site.layout).density
+
+
+def _by_block(mass: Floats, block: int) -> Floats:
+    return np.add.reduceat(mass, np.arange(0, len(mass), block))
+
+
+def _with_columns(option: str, mass: Floats, site: Site, block: int) -> str:
+    if option in (DENSE, SKIP):
+        return option
+    pattern = find_pattern(option)
+    if not isinstance(pattern, VerticalStripe) or pattern.columns is not None:
+        return option
+    chosen = columns_of(mass, site.layout, block, block, density=pattern.density, sink=pattern.sink)
+    return str(replace(pattern, columns=chosen))
+
+
+def walk(program: Program, batches: Sequence[Batch], sites: Sequence[Site], answer: Answer) -> list[Tensor]:
+    """The first output of each call, all calls run side by side, with ``answer`` in place of the sites' attention.
+
+    Args:
+        program: Materialized.
+        batches: The inputs of each call.
+    """
+    graph, by_name = program.graph, {site.name: site for site in sites}
+    tables: list[dict[str, Any]] = [
+        {**program.weights, **{v.name: t for v, t in zip(graph.inputs, batch, strict=True)}} for batch in batches
+    ]
+    for node, dead in _with_last_uses(graph):
+        if node.name in by_name:
+            for table, found in zip(tables, answer(by_name[node.name], tables), strict=True):
+                table[node.name] = found
+        else:
+            for table in tables:
+                table.update(zip((value.name for value in node.outputs), call(node, table), strict=True))
+        for table in tables:
+            for name in dead:
+                table.pop(name, None)
+    return [table[graph.outputs[0]] for table in tables]
+
+
+def _with_last_uses(graph: Graph) -> Iterator[tuple[Node, Sequence[str]]]:
+    last = {name: node for node in graph.nodes for name in node.inputs}
+    kept = {*graph.outputs, *(value.name for value in (*graph.inputs, *graph.params))}
+    for node in graph.nodes:
+        yield node, [name for name in set(node.inputs) if last[name] is node and name not in kept]
+
+
+def column_mass(program: Program, batches: Sequence[Batch], heads: Heads) -> dict[str, Tensor]:
+    """By site the attention (H, S) that each key gets from each head, a mean over calls and some queries."""
+    mass: dict[str, Tensor] = {}
+
+    def answer(site: Site, tables: Sequence[Mapping[str, Any]]) -> Sequence[Tensor]:
+        rows = sampled_rows(site.layout.tokens, MASS_ROWS)
+        for table in tables:
+            weights = torch.softmax(_scores(site, table, rows, heads.graph), dim=-1)
+            mass[site.name] = mass.get(site.name, 0) + weights.mean((0, 2)) / len(tables)
+        return [_dense(site, table, heads.graph) for table in tables]
+
+    with torch.no_grad():
+        walk(program, batches, heads.sites, answer)
+    return mass
+
+
+def sampled_rows(tokens: int, count: int) -> Tensor:
+    """Numbers of ``count`` queries, evenly spread; of all queries if ``count`` is 0."""
+    if not count or count >= tokens:
+        return torch.arange(tokens)
+    return ((torch.arange(count, dtype=torch.float64) + 0.5) * tokens / count).long()
+
+
+def output_errors(
+    program: Program,
+    batches: Sequence[Batch],
+    heads: Heads,
+    *,
+    guide: Callable[[Tensor], Tensor],
+    probes: int,
+    seed: int,
+) -> Floats:
+    """For each head and option (N, O) the relative squared error of the guided answer, to first order.
+
+    With J the derivative of the answer by a site's result and d what an option changes of it, the squared error is
+    ``|J d|^2``, which is the mean of ``(v . J d)^2`` over random signs v; one backward pass for each v serves all heads
+    and options. Source: Hutchinson's estimator, as HAWQ-V2 (arXiv 1911.03852) uses it for traces.
+
+    Args:
+        guide: From the rows of one call's answer to what is kept of them, linear.
+        probes: Random sign vectors for each call.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    errors, norm = np.zeros((len(heads.places), heads.width)), 0.0
+    errors[:] = np.where(np.arange(heads.width) < np.array([[len(options)] for options in heads.options]), 0.0, ABSENT)
+    for batch in batches:
+        results: dict[str, Tensor] = {}
+        operands: dict[str, Mapping[str, Tensor]] = {}
+
+        def answer(
+            site: Site,
+            tables: Sequence[Mapping[str, Any]],
+            results: dict[str, Tensor] = results,
+            operands: dict[str, Mapping[str, Tensor]] = operands,
+        ) -> Sequence[Tensor]:
+            (table,) = tables
+            operands[site.name] = {name: table[name].detach() for name in _operand_names(site)}
+            found = _dense(site, table, heads.graph)
+            results[site.name] = found if found.requires_grad else found.detach().requires_grad_()
+            return [results[site.name]]
+
+        with torch.enable_grad():
+            guided = guide(walk(program, [batch], heads.sites, answer)[0].float())
+        norm += float(guided.detach().double().square().sum())
+        wanted = [results[site.name] for site in heads.sites]
+        slopes: list[tuple[Tensor, ...]] = []
+        for number in range(probes):
+            signs = torch.randint(0, 2, guided.shape, generator=generator).to(guided) * 2 - 1
+            again = number + 1 < probes
+            slopes.append(torch.autograd.grad((guided * signs).sum(), wanted, retain_graph=again))
+        with torch.no_grad():
+            for place, site in enumerate(heads.sites):
+                dense, table = results[site.name].detach(), operands[site.name]
+                for head, option, changed in _changed(site, table, heads):
+                    moved = changed - dense[:, head]
+                    along = [float((slope[place][:, head] * moved).sum()) for slope in slopes]
+                    row = heads.first(site) + head
+                    errors[row, option] += float(np.square(along).mean())
+    return cast("Floats", errors / max(norm, 1e-300))
+
+
+def _changed(site: Site, table: Mapping[str, Any], heads: Heads) -> Iterator[tuple[int, int, Tensor]]:
+    """Head, number of the option and what the head gives with it (B, S, D), for all options but the first."""
+    rows = torch.arange(site.layout.tokens)
+    for head, options in enumerate(heads.of_site(site)):
+        for number, option in enumerate(options[1:], start=1):
+            yield head, number, heads.result(site, head, option, table, rows=rows)
+
+
+@lru_cache(maxsize=512)
+def _rows_of(pass_: SparseAttention, option: str, site: Site, count: int) -> Tensor:
+    """The rows of the option's mask (R, S) that ``sampled_rows`` names, by token number."""
+    mask: Mask = pass_.mask(option, site.layout)
+    tokens = site.layout.tokens
+    rows = sampled_rows(tokens, count).numpy()
+    place = np.arange(tokens) if mask.order is None else mask.order.inverse()
+    blocks: NDArray[np.bool_] = mask.table.blocks()[place[rows] // mask.block_q]
+    return torch.from_numpy(blocks[:, place // mask.block_k])
+
+
+def _operand_names(site: Site) -> tuple[str, ...]:
+    return (site.query, site.key, site.value, *((site.lengths,) if site.lengths else ()))
+
+
+def _dense(site: Site, table: Mapping[str, Any], graph: Graph) -> Tensor:
+    return cast("Tensor", call(graph.producers[site.name], table)[0])
+
+
+def _scores(site: Site, table: Mapping[str, Any], rows: Tensor, graph: Graph) -> Tensor:
+    """Scaled scores (B, H, R, S) of some queries, minus infinity beyond the keys' length."""
+    query, key = table[site.query][:, :, rows].float(), table[site.key].float()
+    scale = graph.producers[site.name].args.get("scale")
+    scores = query @ key.transpose(-1, -2) * (scale if isinstance(scale, float) else site.head_dim**-0.5)
+    if site.lengths:
+        beyond = torch.arange(key.shape[2])[None, :] >= table[site.lengths][:, None]
+        scores = scores.masked_fill(beyond[:, None, None, :], float("-inf"))
+    return scores
