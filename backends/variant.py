@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from intarsia.backends.phases import subfolder
+from intarsia.ir.errors import QualityError
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program, load_weights
 
@@ -82,6 +83,8 @@ class Variant:
     def engine_files(self, name: str) -> tuple[Path, list[str]]:
         """Folder and files of the engine ``name``; QualityError if one is not what the manifest says."""
         claims: dict[str, Any] = self.bundle.manifest["engines"][name]
+        if self.phase and str(self.phase) not in claims.get("phases", {}):
+            raise QualityError(f"{self.bundle.folder}: the manifest lists no engine of {name}{self.suffix}")
         files: list[str] = (claims["phases"][str(self.phase)] if self.phase else claims)["files"]
         folder = Path("engine", name, subfolder(self.phase))
         for file in files:

@@ -16,7 +16,7 @@ from intarsia.backends.packing import Evidence
 from intarsia.backends.phases import StepRange, same_ranges, step_ranges, title
 from intarsia.backends.runner import bench_loop
 from intarsia.backends.verify import PASSED, Check
-from intarsia.ir.errors import MissingEnvironment, QualityError, UsageError
+from intarsia.ir.errors import MissingEnvironment, PlanError, QualityError, UsageError
 from intarsia.ir.program import example_inputs, materialize
 from intarsia.models.sampler import FlowMatchEuler
 from intarsia.search.progress import Progress
@@ -124,8 +124,12 @@ def verify_phases(bundle: Bundle) -> Check:
     """The steps of each phase are those that plan and sampler give; QualityError otherwise."""
     if bundle.plan is None or bundle.sampler is None:
         raise QualityError(f"{bundle.folder}: it claims phases, and holds no plan or no sampler that has any")
-    timesteps = FlowMatchEuler.from_json(bundle.sampler).timesteps()
-    expected = step_ranges(bundle.plan.phases, timesteps, programs=[one.program for one in bundle.phases])
+    programs = [one.program for one in bundle.phases]
+    try:
+        timesteps = FlowMatchEuler.from_json(bundle.sampler).timesteps()
+        expected = step_ranges(bundle.plan.phases, timesteps, programs=programs)
+    except (PlanError, UsageError) as error:
+        raise QualityError(f"{bundle.folder}: {error}") from error
     if not same_ranges(expected, bundle.phases):
         raise QualityError(f"{bundle.folder}: the manifest's phases are not those of {PLAN} and {SAMPLER}")
     told = ", ".join(title(bundle.phases, variant.phase) for variant in bundle.variants)

@@ -185,6 +185,20 @@ def test_phases_that_are_not_those_of_the_plan_are_found(copy: Path, bundle: Bun
         intarsia.verify(copy)
 
 
+def test_an_engine_that_the_manifest_says_nothing_of_is_named(copy: Path, bundle: Bundle) -> None:
+    engines = {name: {**claims, "phases": {}} for name, claims in bundle.manifest["engines"].items()}
+    reseal(copy, engines=engines)
+    with pytest.raises(QualityError, match=r"lists no engine of null, phase 1 \(steps 2 to 3\)"):
+        intarsia.load(copy).engine("null")
+
+
+def test_a_plan_that_ends_elsewhere_than_the_sampler_is_found(copy: Path) -> None:
+    (copy / "sampler.json").write_text(FlowMatchEuler(steps=2, shift=3.0, guidance=3.0).to_json())
+    reseal(copy)
+    with pytest.raises(QualityError, match="phase 1 is steps 2 to the last; the sampler's are 0 to 1"):
+        intarsia.verify(copy)
+
+
 def eager_videos(subject: Subject, plan: Plan, prompts: tuple[str, ...], *, seed: int) -> torch.Tensor:
     """Videos by two programs that PyTorch runs, switched by step."""
     target, graph = load_target("cpu-avx2"), subject.program.graph
@@ -273,6 +287,13 @@ def test_phases_with_the_same_answers_share_an_engine(subject: Subject, tmp_path
         ", phase 1 (steps 1 to 2)",
     ]
     assert not [name for name in files_below(made.folder) if "phase-2" in name]
+    assert intarsia.verify(made.folder).passed
+
+
+def test_phases_that_are_all_alike_are_one_program_at_every_step(subject: Subject, tmp_path: Path) -> None:
+    made = export(subject, plan_of(subject, Phase(EARLY, 0, 0), Phase(EARLY, 1)), tmp_path / "out")
+    assert [(one.first, one.last, one.program) for one in made.phases] == [(0, 0, 0), (1, 3, 0)]
+    assert not [name for name in files_below(made.folder) if "phase" in name]
     assert intarsia.verify(made.folder).passed
 
 
