@@ -31,7 +31,8 @@ from intarsia.passes.base import Pass, find_pass
 from intarsia.programs import planned, predicted
 from intarsia.search.explain import Explanation
 from intarsia.search.explain import explain as explain_plan
-from intarsia.search.heads import HeadSearch, search_heads
+from intarsia.search.head_settings import HeadSearch
+from intarsia.search.heads import search_heads
 from intarsia.search.journal import open_journal
 from intarsia.search.progress import Progress, Silent
 from intarsia.search.quality import Goal

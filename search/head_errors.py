@@ -268,7 +268,7 @@ def output_errors(
                     along = [float((slope[place][:, head] * moved).sum()) for slope in slopes]
                     row = heads.first(site) + head
                     errors[row, option] += float(np.square(along).mean())
-    return cast("Floats", errors / max(norm, 1e-300))
+    return errors / max(norm, 1e-300)
 
 
 def _changed(site: Site, table: Mapping[str, Any], heads: Heads) -> Iterator[tuple[int, int, Tensor]]:
@@ -302,7 +302,7 @@ def _scores(site: Site, table: Mapping[str, Any], rows: Tensor, graph: Graph) ->
     """Scaled scores (B, H, R, S) of some queries, minus infinity beyond the keys' length."""
     query, key = table[site.query][:, :, rows].float(), table[site.key].float()
     scale = graph.producers[site.name].args.get("scale")
-    scores = query @ key.transpose(-1, -2) * (scale if isinstance(scale, float) else site.head_dim**-0.5)
+    scores: Tensor = query @ key.transpose(-1, -2) * (scale if isinstance(scale, float) else site.head_dim**-0.5)
     if site.lengths:
         beyond = torch.arange(key.shape[2])[None, :] >= table[site.lengths][:, None]
         scores = scores.masked_fill(beyond[:, None, None, :], float("-inf"))

@@ -153,7 +153,8 @@ def _price(errors: Floats, costs: Floats, budget: float) -> tuple[float, Choice]
     def at(price: float) -> Choice:
         priced = errors + price * finite
         ties = priced <= priced.min(axis=1, keepdims=True)
-        return np.where(ties, costs, np.inf).argmin(axis=1).astype(np.int64)
+        found: Choice = np.where(ties, costs, np.inf).argmin(axis=1).astype(np.int64)
+        return found
 
     def spent(choice: Choice) -> float:
         return float(costs[np.arange(len(costs)), choice].sum())

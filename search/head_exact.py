@@ -1,0 +1,126 @@
+"""The exact choice: errors of the whole answer for every head, option and phase, and an integer program."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from intarsia.search.head_errors import output_errors
+from intarsia.search.head_study import Decided, HeadStudy
+from intarsia.search.head_table import Choice, Floats, HeadTable, load_errors
+from intarsia.search.search import EFFORTS
+from intarsia.search.trials import digits
+
+PROBE_DENSITY = 0.25
+"""Share of the pairs at which a phase alone is tried, to see what its errors do to the whole answer."""
+
+
+class ExactStudy(HeadStudy):
+    """Chooses by the first-order error of the guided answer, phase by phase weighted by whole answers."""
+
+    def decide(self) -> Decided:
+        """The choice of least error within the budget, or the cheapest that meets the goal."""
+        table = self.table
+        if self.how.density or self.how.seconds:
+            choice, self.facts["gap"] = table.exact(self._budget(table))
+            if self.workload is not None:
+                self._measured(table, choice)
+        else:
+            choice = self._within_goal(table)
+        if self.how.transfer and self.effort != "quick" and self.workload is not None and self.trials:
+            self.facts["transfer"] = self._transfer(table, choice)
+        return table, choice
+
+    def _within_goal(self, table: HeadTable) -> Choice:
+        """The cheapest choice found that meets the goal: a bisection over the logarithm of the budget."""
+        assert self.goal is not None
+        good = self._dense_meets(table)
+        low, high = max(table.cheapest, table.dense * 0.01), table.dense
+        for number in range(EFFORTS[self.effort].trials - 1):
+            middle = math.sqrt(low * high)
+            if number == 0:
+                middle = max(table.dense * PROBE_DENSITY, low)
+            choice, gap = table.exact(middle)
+            self._measured(table, choice)
+            if self._meets():
+                good, high, self.facts["gap"] = choice, table.cost(choice), gap
+            else:
+                low = middle
+            if high / low < EFFORTS[self.effort].tolerance ** 0.5:
+                break
+        return good
+
+    def _transfer(self, table: HeadTable, choice: Choice) -> dict[str, object]:
+        """How far the choice serves prompts and noise that it was not made on: what those would have chosen."""
+        other = self._table("validation", table.options).weighted(self._weights)
+        theirs, _ = other.exact(table.cost(choice) * (1 + 1e-9))
+        mine = next(t for t in self.trials if t.selection == tuple(choice.reshape(-1).tolist()))
+        their = self._measured(table, theirs)
+        name = next(iter(mine.quality.metrics))
+        return {
+            "agreement": digits(float((choice == theirs).mean())),
+            "loss_db": digits(their.quality[name].mean - mine.quality[name].mean),
+            "metric": name,
+        }
+
+    @cached_property
+    def table(self) -> HeadTable:
+        """Errors on calibration noise, each phase weighted by what its errors do to the whole answer."""
+        if not self.how.table:
+            return self._table("calibration", self.heads.options).weighted(self._weights)
+        steps = self.loop.steps if self.loop else self.how.steps or 1
+        errors = load_errors(Path(self.how.table), steps=steps, heads=len(self.heads.places), options=self.heads.width)
+        phases = np.stack([errors[first : last + 1].sum(axis=0) for first, last in self.ranges])
+        return HeadTable(self.ranges, self.heads.places, self.heads.options, phases, self.costs)
+
+    def _table(self, split: str, options: tuple[tuple[str, ...], ...]) -> HeadTable:
+        """First-order errors of the answer, phase by phase."""
+        calls = self._calls(split)
+        self.progress.start(f"errors of heads, {split}", len(calls))
+        errors = []
+        for number, batches in enumerate(calls):
+            key = self._key(f"errors {split} {number} {self.how.phases} {self.how.probes}")
+            known = self.journal.get(key)
+            if not isinstance(known, list):
+                found = output_errors(
+                    self._materialized,
+                    batches,
+                    self.heads,
+                    guide=self.loop.guide if self.loop else lambda rows: rows,
+                    probes=self.how.probes,
+                    seed=self.seed,
+                )
+                known = [[None if np.isinf(e) else float(f"{e:.6g}") for e in row] for row in found]
+                self.journal.put(key, known)
+            errors.append(np.array([[np.inf if e is None else e for e in row] for row in known], dtype=np.float64))
+            self.progress.advance()
+            self.deadline.check()
+        return HeadTable(self.ranges, self.heads.places, options, np.stack(errors), self.costs)
+
+    @cached_property
+    def _weights(self) -> Floats:
+        """By how much a phase's errors move the whole answer: measured with that phase alone made sparse."""
+        if len(self.ranges) == 1 or self.workload is None:
+            return np.ones(len(self.ranges))
+        table = self._table("calibration", self.heads.options)
+        weights = []
+        self.progress.start("weights of phases", len(self.ranges))
+        for number in range(len(self.ranges)):
+            alone = replace(table, phases=table.phases[number : number + 1], errors=table.errors[number : number + 1])
+            budget = max(alone.dense * PROBE_DENSITY, alone.cheapest)
+            choice = np.zeros((len(self.ranges), len(self.heads.places)), dtype=np.int64)
+            choice[number] = alone.exact(budget)[0][0]
+            key = self._key(f"weight {number} {self.how.phases} {self.how.probes} {self.how.seconds > 0}")
+            moved = self.journal.get(key)
+            if not isinstance(moved, float):
+                outputs = self._outputs(table, choice, "calibration")
+                moved = float((outputs - self._reference("calibration")).double().square().mean())
+                self.journal.put(key, moved)
+            weights.append(moved / max(table.error(choice), 1e-300))
+            self.progress.advance()
+            self.deadline.check()
+        return np.array(weights)
