@@ -10,7 +10,7 @@ import torch
 
 from intarsia.ir.graph import Arg, Node, Ref
 from intarsia.ir.operators import resolve
-from intarsia.passes.token_axes import Axes, Axis, Factor, cut, joined, length, regrouped, unknown
+from intarsia.passes.token_axes import Axes, Axis, Factor, count, cut, joined, length, regrouped, unknown
 
 REGROUP = frozenset(
     {
@@ -183,7 +183,7 @@ def _cat(node: Node, known: Known, place: int) -> Axes:
     if dim is None or any(len(part) != len(shape) for part in parts):
         return ()
     others = list(_beside(node.inputs, shape, known))
-    others[dim] = tuple(segment for part in parts for segment in part[dim])
+    others[dim] = tuple(segment for part in parts for segment in part[dim] if count(segment))
     return tuple(others)
 
 

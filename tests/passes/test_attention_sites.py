@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import pytest
+import torch
 
 from intarsia.flow import trace
 from intarsia.ir.errors import UsageError
@@ -135,6 +136,42 @@ def test_cross_attention_and_text_are_told_by_what_their_tokens_are_made_of(mini
     }
     (refiner,) = hunyuan.values()
     assert refiner.startswith("its tokens are 16 of %encoder_hidden_states, not frames x height x width of a video;")
+
+
+UNLISTED: dict[str, tuple[dict[str, object], dict[str, tuple[int, ...]], set[str]]] = {
+    "EasyAnimateTransformer3DModel": (
+        dict(sample_width=12, sample_height=8, time_embed_dim=8, text_embed_dim=16, mmdit_layers=1, patch_size=2),
+        {},
+        {"tokens(frames=3, height=4, width=6, before=7)"},
+    ),
+    "LatteTransformer3DModel": (
+        dict(sample_size=8, patch_size=2, video_length=3, caption_channels=16, norm_type="ada_norm_single"),
+        {"hidden_states": (1, 4, 3, 8, 8)},
+        set(),
+    ),
+}
+"""Transformers of diffusers that Intarsia has no entry for: arguments, other inputs, the layouts of their sites."""
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+def test_models_that_nobody_registered_are_understood_as_well(name: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    config, other, layouts = UNLISTED[name]
+    shared = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=1)
+    module = getattr(diffusers, name)(**shared, **config).eval().requires_grad_(False)
+    shapes = {"hidden_states": (1, 4, 3, 8, 12), "timestep": (1,), "encoder_hidden_states": (1, 7, 16)} | other
+    inputs = {key: torch.ones(shape) for key, shape in shapes.items()}
+    graph = trace(module, inputs=inputs, static={"return_dict": False}).graph
+    assert {str(site.layout) for site in sites(graph)} == layouts
+    assert (why_none(graph) is None) == bool(layouts)
+
+
+def test_text_of_no_tokens_is_none() -> None:
+    padded = """
+  %none: bf16[1, 0, 5120] = aten.new_zeros(self=%text, size=[1, 0, 5120])
+  %same: bf16[1, 75600, 5120] = aten.cat(tensors=[%tokens, %none], dim=1)
+"""
+    assert [site.layout for site in sites(video(padded, tokens="%same"))] == [TokenLayout(21, 45, 80)]
 
 
 def test_a_named_batch_is_no_obstacle() -> None:
