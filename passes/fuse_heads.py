@@ -211,11 +211,12 @@ def _with_likes(fusion: Fusion, moving: Container[str], within: Surroundings) ->
     for move in fusion.moves:
         likes: dict[str, str] = {}
         for node in within.graph.nodes if not move.order else ():
-            if node.name in move.path.calls and node.op == "aten.linear" and move.is_empty(node.ref("input")):
-                like = _like(node, moving, within)
-                if like is None:
-                    return f"all heads are skipped, and nothing is there of which %{node.name} could take its extents"
-                likes[node.name] = like
+            if node.name not in move.path.calls or not move.reads_nothing(node):
+                continue
+            like = _like(node, moving, within) if node.op == "aten.linear" else None
+            if like is None:
+                return f"all heads are skipped, and it is not known what %{node.name} gives then"
+            likes[node.name] = like
         moves.append(replace(move, likes=likes))
     return replace(fusion, moves=tuple(moves))
 

@@ -89,11 +89,16 @@ class Move:
         axis = self.path.axes.get(name)
         return axis is not None and self.type(name).shape[axis.axis] == 0
 
+    def reads_nothing(self, node: Node) -> bool:
+        """Whether a call of which something is left reads a value of which nothing is, other than to join it."""
+        gives = not all(self.is_empty(value.name) for value in node.outputs)
+        return gives and node.op != "aten.cat" and any(self.is_empty(name) for name in node.inputs)
+
     def nodes(self, node: Node, gathered: Gathered) -> Sequence[Node]:
         """What stands in place of a call on the path: nothing if nothing is left of its results."""
         if all(self.is_empty(value.name) for value in node.outputs):
             return ()
-        if node.op == "aten.linear" and self.is_empty(node.ref("input")):
+        if node.name in self.likes:
             return (_constant(node, self.likes[node.name]),)
         made: list[Node] = []
         names: dict[str, str] = {}

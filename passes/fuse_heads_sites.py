@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from intarsia.ir.graph import Graph, Node, Ref
@@ -81,7 +81,7 @@ def _joined(node: Node, graph: Graph) -> GroupedAttention | None:
     heads = [head for group in groups if group for head in group.heads]
     taken = [call for group in kept for _, call in group.taken]
     operands = _operands(kept)
-    if [heads[place] for place in places] != list(range(len(heads))) or operands is None:
+    if operands is None or _inverse(heads) != list(places):
         return None
     if any(graph.type(name).shape[1] != len(heads) for name in operands):
         return None
@@ -90,16 +90,22 @@ def _joined(node: Node, graph: Graph) -> GroupedAttention | None:
     return GroupedAttention(node.name, len(heads), operands, kept if computed else (), calls)
 
 
+def _inverse(heads: Sequence[int]) -> list[int]:
+    """Where each head stands; empty if one is missing or stands twice."""
+    places = sorted(range(len(heads)), key=heads.__getitem__)
+    return places if [heads[place] for place in places] == list(range(len(heads))) else []
+
+
 def _group(name: str, graph: Graph) -> Group | None:
     part = produced(name, graph, *ATTENTION, ZEROS)
     if part is None:
         return None
     roles = ("self",) if part.op == ZEROS else ("query", "key", "value")
     taken = {role: produced(part.ref(role), graph, "aten.index_select") for role in roles}
-    heads = {numbers for call in taken.values() if call is not None and (numbers := _numbers(call, graph))}
-    if None in taken.values() or len(heads) != 1:
-        return None
-    return Group(heads.pop(), part, tuple((role, call) for role, call in taken.items() if call is not None))
+    calls = tuple((role, call) for role, call in taken.items() if call is not None)
+    heads = {_numbers(call, graph) for _, call in calls}
+    first = heads.pop() if len(heads) == 1 and len(calls) == len(roles) else None
+    return None if first is None else Group(first, part, calls)
 
 
 def _operands(groups: tuple[Group, ...]) -> tuple[str, ...] | None:

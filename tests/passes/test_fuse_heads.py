@@ -531,3 +531,30 @@ def test_what_sparse_attention_leaves_is_fused(name: str, models: dict[str, Prog
     assert gathers(before)
     after = fused(before, target)
     assert error(replace(program, graph=before), replace(program, graph=after), torch.float64) < 1e-12
+
+
+def test_a_view_of_the_joined_result_lies_as_attentions_own(
+    with_weights: Callable[[Graph], Program], target: Target
+) -> None:
+    program = with_weights(
+        Graph.parse(SMALL.replace("aten.reshape(self=%y.permute, shape", "aten.view(self=%y.permute, size"))
+    )
+    groups = ((DENSE, (0, 2)), (DENSE, (1,)))
+    before = rewrite(program.graph, lambda node: apart(node, groups, program.graph) if node.op == ATTENTION else None)
+    after = fused(before, target)
+    assert after.producers["y.view"].op == "aten.view"
+    assert error(program, replace(program, graph=after), torch.float64) < 1e-12
+
+
+def test_all_heads_skipped_under_a_call_that_looks_at_their_result_is_refused(target: Target) -> None:
+    text = altered(SMALL, "return %o", "%type: f32[2, 5, 8] = aten.type_as(self=%x, other=%y.view)\n  return %o, %type")
+    graph = grouped(Graph.parse(text), always((SKIP, (0, 1, 2))))
+    reason = "all heads are skipped, and it is not known what %type gives then"
+    assert FuseHeads().refusals(graph, target) == {"y": reason}
+
+
+def test_heads_that_are_not_put_back_in_their_places_are_no_site(target: Target) -> None:
+    graph = grouped(Graph.parse(SMALL), always((DENSE, (0, 2)), (DENSE, (1,))))
+    turned = Node("intarsia.integers", {"runs": "2:1*1,0:2*1"}, graph.producers["y.places"].outputs)
+    graph = rewrite(graph, lambda node: (turned,) if node.name == "y.places" else None)
+    assert FuseHeads().run(graph, target, {}) is graph
