@@ -1,7 +1,7 @@
 """Block-sparse attention in ONNX: the keys of each piece of ``Gathers`` gathered, and a dense attention of them.
 
     key, value = Gather(key, order), Gather(value, order)                              where there is an order
-    Scan(queries (G, Q), blocks (G, k)) { Gather(query), Gather(key), Gather(value), Attention }  ->  (B, H, G, Q, D)
+    Scan(queries (G, Q), blocks (G, k, 1)) { Gather(query), Gather(key), Gather(value), Attention } -> (B, H, G, Q, D)
     Gather(Concat(the answers of all pieces), answers)                                 where they are not in place
 
 A Scan holds the scores of one group of queries at a time, near the processor, and makes a handful of nodes of a table
@@ -92,7 +92,7 @@ class RuntimeWeights(IntegerWeights):
         alike = bool((piece.blocks == piece.blocks[0]).all()) and piece.padding is None
         inputs = {"queries": queries}
         if not alike:
-            inputs["blocks"] = piece.blocks * piece.block
+            inputs["blocks"] = piece.blocks[:, :, None] * piece.block
         if piece.padding is not None:
             inputs["padding"] = piece.padding * piece.block
         slots = {name: _slot(name, rows.shape[1:]) for name, rows in inputs.items()}
@@ -109,16 +109,17 @@ class RuntimeWeights(IntegerWeights):
         return tape.op("Scan", *rows, body=graph, num_scan_inputs=len(rows), scan_output_axes=[2])
 
     def _places(self, piece: Piece, first: onnx_ir.Value, body: Tape) -> onnx_ir.Value:
-        """The positions of a group's keys (K), from the ``first`` of each of its blocks (k)."""
+        """The positions of a group's keys (K), from the ``first`` of each of its blocks (k, 1)."""
         import numpy as np
+        import onnx_ir as ir
 
-        wide = body.op(
-            "Add", body.op("Unsqueeze", first, self._number("i64", [1])), self._indices(np.arange(piece.block))
-        )
-        flat = body.op("Reshape", wide, self._number("i64", [-1]))
-        if not piece.cut:
-            return flat
-        return body.op("Slice", flat, self._number("i64", [0]), self._number("i64", [-piece.cut]))
+        wide = body.op("Add", first, self._indices(np.arange(piece.block)))
+        places = body.op("Reshape", wide, self._number("i64", [-1]))
+        if piece.cut:
+            places = body.op("Slice", places, self._number("i64", [0]), self._number("i64", [-piece.cut]))
+        # Shape inference does not see in a step what a constant beside the Scan holds.
+        places.dtype, places.shape = ir.DataType.INT64, ir.Shape([piece.keys_per_group])
+        return places
 
     def _keys(self, call: _Call, places: onnx_ir.Value, tape: Tape) -> _Call:
         """The call with the keys at ``places`` only."""
