@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from intarsia.backends.tensorrt_tape import Tape
 from intarsia.ir.graph import Arg, Graph, Node, Ref, Symbol
 from intarsia.ir.rewrite import rewrite
-from intarsia.ir.types import Dim, TensorType
+from intarsia.ir.sizes import Dim
+from intarsia.ir.types import TensorType
 from intarsia.kernels.block_sparse_attention.gathers import Gathers, Piece
 from intarsia.kernels.block_sparse_attention.op import block_size, order_text
 from intarsia.kernels.block_sparse_attention.order import TokenOrder
@@ -97,7 +98,7 @@ class _Attention:
         tokens = piece.keys if order is None else order[piece.keys]
         asked = piece.queries if order is None else order[piece.queries]
         query, key, value = (
-            self._grouped(self._selected(arg, chosen, f"{arg}.{part}"), *chosen.shape, f"{arg}_groups.{part}")
+            self._grouped(self._selected(arg, chosen, f"{arg}.{part}"), chosen.shape, f"{arg}_groups.{part}")
             for arg, chosen in (("query", asked), ("key", tokens), ("value", tokens))
         )
         mask, alive = self._masks(piece, tokens, part)
@@ -157,10 +158,11 @@ class _Attention:
             return source
         return self.tape.call("aten.slice.Tensor", part, self._type(count), self=source, dim=2, start=first, end=end)
 
-    def _grouped(self, tensor: Ref, groups: int, each: int, part: str) -> Ref:
-        """Tokens (B, H, G*N, D) with groups beside heads: (B, H*G, N, D)."""
-        shape = (self._batch, self._heads * groups, each, self.node.type.shape[3])
-        return self._reshaped(tensor, part, TensorType(self.node.type.dtype, shape)) if groups > 1 else tensor
+    def _grouped(self, tensor: Ref, shape: tuple[int, ...], part: str) -> Ref:
+        """Tokens (B, H, G*N, D) of ``shape`` (G, N) with groups beside heads: (B, H*G, N, D)."""
+        groups, each = shape
+        type_ = TensorType(self.node.type.dtype, (self._batch, self._heads * groups, each, self.node.type.shape[3]))
+        return self._reshaped(tensor, part, type_) if groups > 1 else tensor
 
     def _reshaped(self, tensor: Ref, part: str, type_: TensorType) -> Ref:
         """The tensor with these extents; the batch may have a name."""

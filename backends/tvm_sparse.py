@@ -15,9 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from intarsia.backends.tvm_attention import by_head
-from intarsia.backends.tvm_operators import ROW_TILES, TILE_OVERHEAD, lanes
+from intarsia.backends.tvm_operators import ROW_TILES, TILE_OVERHEAD, VECTOR, lanes
 from intarsia.kernels.block_sparse_attention.order import TokenOrder
 from intarsia.kernels.block_sparse_attention.table import BlockTable, Run
+
+PANEL = 2 * VECTOR
+"""Keys of a panel: two registers."""
 
 TASK_ROWS = 64
 """Queries of a task: they pass over the same keys while those are in the cache."""
@@ -46,33 +49,24 @@ class Plan:
 
     @classmethod
     def of(cls, call: Mapping[str, Any], queries: int, keys: int) -> Plan:
-        """The tables of a call for this many queries and keys."""
-        from intarsia.backends.tvm_sparse_kernel import PANEL
-
-        table, order = BlockTable.parse(call["blocks"]), call["order"]
-        tokens = (np.arange(queries), np.arange(keys)) if order is None else (TokenOrder.parse(order).indices(),) * 2
-        starts = range(0, keys, call["block_k"])
-        places = np.concatenate([_padded(tokens[1][start : start + call["block_k"]], PANEL) for start in starts])
-        rows = list(_rows(table, queries, call["block_q"]))
+        """The tables of a call, its arguments by name, for this many queries and keys."""
+        order = None if call["order"] is None else TokenOrder.parse(call["order"]).indices()
+        asked, block = np.arange(queries) if order is None else order, call["block_k"]
+        tokens = np.arange(keys) if order is None else order
+        places = np.concatenate([_padded(tokens[start : start + block]) for start in range(0, keys, block)])
+        rows = list(_rows(BlockTable.parse(call["blocks"]), queries, call["block_q"]))
         tile = min(ROW_TILES, key=lambda tile: sum(_tiles(row, tile) for row in rows) * (tile + TILE_OVERHEAD))
-        each = -(-call["block_k"] // PANEL)
-        lists = {row.runs: _panels(row.runs, each, len(places)) for row in rows}
-        begins = dict(zip(lists, accumulate(map(len, lists.values()), initial=0), strict=False))
+        panels = {row.runs: _panels(row.runs, -(-block // PANEL), len(places)) for row in rows}
+        begins = dict(zip(panels, accumulate(map(len, panels.values()), initial=0), strict=False))
         firsts = accumulate((_tiles(row, tile) for row in rows), initial=0)
-        return cls(
-            tile,
-            np.concatenate([tokens[0][_filled(row, tile)] for row in rows]).astype(np.int32),
-            places.astype(np.int32),
-            np.concatenate([*lists.values(), [0]]).astype(np.int32),
-            np.array(
-                [
-                    (first + begin, count, begins[row.runs], len(lists[row.runs]))
-                    for row, first in zip(rows, firsts, strict=False)
-                    for begin, count in _shares(_tiles(row, tile), TASK_ROWS // tile)
-                ],
-                np.int32,
-            ),
-        )
+        tasks = [
+            (first + begin, count, begins[row.runs], len(panels[row.runs]))
+            for row, first in zip(rows, firsts, strict=False)
+            for begin, count in _shares(_tiles(row, tile), TASK_ROWS // tile)
+        ]
+        filled = np.concatenate([_filled(row, tile) for row in rows])
+        lists = np.concatenate([*panels.values(), [0]])  # one more, so that there is an array where no row has keys
+        return cls(tile, *(np.asarray(one, np.int32) for one in (asked[filled], places, lists, tasks)))
 
 
 @dataclass(frozen=True)
@@ -193,9 +187,9 @@ def _filled(row: _Row, tile: int) -> NDArray[np.int64]:
     return np.minimum(row.begin + np.arange(_tiles(row, tile) * tile), row.end - 1)
 
 
-def _padded(tokens: NDArray[np.int64], panel: int) -> NDArray[np.int64]:
+def _padded(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
     """The tokens of a block of keys in panels."""
-    return np.pad(tokens, (0, -len(tokens) % panel), constant_values=BEYOND).reshape(-1, panel)
+    return np.pad(tokens, (0, -len(tokens) % PANEL), constant_values=BEYOND).reshape(-1, PANEL)
 
 
 def _panels(runs: Sequence[Run], each: int, panels: int) -> NDArray[np.int64]:

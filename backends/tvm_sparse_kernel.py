@@ -8,16 +8,14 @@ The softmax is kept up as panels pass by, so that nothing larger than a few pane
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from tvm.script import tirx as T  # noqa: N812
 
 from intarsia.backends.tvm_attention import LOWEST
 from intarsia.backends.tvm_functions import exponential
-from intarsia.backends.tvm_operators import VECTOR
-
-PANEL = 2 * VECTOR
-"""Keys of a panel: two registers."""
+from intarsia.backends.tvm_sparse import PANEL
 
 PANELS = 4
 """Panels whose scores are made before values are mixed: 64 keys and values of 64 channels are 32 KiB."""
@@ -58,6 +56,7 @@ class Sizes:
     masked: bool
 
 
+@lru_cache(maxsize=64)
 def kernel(n: Sizes) -> Any:
     """The function of packed queries, keys and values, of ends and of a plan's tables; heads beside channels.
 

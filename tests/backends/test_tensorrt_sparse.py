@@ -78,7 +78,7 @@ def test_gathers_and_dense_attentions_are_the_attention_under_the_tables_mask(ca
     assert agreement.error(reference(program, tmp_path, *inputs), NullEngine(program)(*inputs)) < 1e-6
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["rows of nearly as many keys", "text first, then places across frames"])
 def test_lengths_count_tokens_whatever_their_order(case: str, tmp_path: Path) -> None:
     program = CASES[case]
     *tensors, _ = example_inputs(program.graph, {"B": 3})
