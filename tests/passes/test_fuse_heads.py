@@ -1,7 +1,8 @@
 """Heads of one pattern stand side by side in the weights, and what a graph computes stays the same."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -21,6 +22,8 @@ from intarsia.passes.fuse_heads import FuseHeads
 from intarsia.passes.fuse_kernels import FuseKernels
 from intarsia.passes.quantize_linear import QuantizeLinear
 from intarsia.search.work import summary
+
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 ATTENTION = "aten.scaled_dot_product_attention"
 
@@ -145,7 +148,7 @@ def some(type_: TensorType, heads: int) -> TensorType:
     return replace(type_, shape=(type_.shape[0], heads, *type_.shape[2:]))
 
 
-def part(node: Node, pattern: str, operands: dict[str, Arg], result: Value, graph: Graph) -> Node:
+def part(node: Node, pattern: str, operands: Mapping[str, Arg], result: Value, graph: Graph) -> Node:
     if pattern == SKIP:
         return Node("aten.zeros_like", {"self": operands["query"]}, (result,))
     if pattern == DENSE or node.args.get("attn_mask") is not None:
@@ -558,3 +561,9 @@ def test_heads_that_are_not_put_back_in_their_places_are_no_site(target: Target)
     turned = Node("intarsia.integers", {"runs": "2:1*1,0:2*1"}, graph.producers["y.places"].outputs)
     graph = rewrite(graph, lambda node: (turned,) if node.name == "y.places" else None)
     assert FuseHeads().run(graph, target, {}) is graph
+
+
+def test_sizes_may_have_names(target: Target) -> None:
+    graph = Graph.parse((GOLDEN / "wan-block-dynamic.clean.graph").read_text())
+    after = fused(grouped(graph, always((DENSE, (1,)), (SKIP, (0,)))), target)
+    assert [str(node.type) for node in after.find(ATTENTION)] == ["f32[batch, 1, frames*height*width, 16]"] * 2
