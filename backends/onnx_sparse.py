@@ -22,7 +22,7 @@ MatMul, Softmax, MatMul in place of Attention took as long as it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,7 @@ class RuntimeWeights(IntegerWeights):
         answer = self._attention(keys, slots["queries"], kept, queries.shape[1], body)
         answer.dtype = call.query.dtype
         for index, made in enumerate(body.nodes):
-            made.outputs[0].name = f"step/{made.op_type}_{index}"
+            made.name = made.outputs[0].name = f"step/{made.op_type}_{index}"
         graph = ir.Graph(list(slots.values()), [answer], nodes=body.nodes, name="step")
         rows = [self._indices(array) for array in inputs.values()]
         return tape.op("Scan", *rows, body=graph, num_scan_inputs=len(rows), scan_output_axes=[2])
@@ -124,8 +124,8 @@ class RuntimeWeights(IntegerWeights):
     def _keys(self, call: _Call, places: onnx_ir.Value, tape: Tape) -> _Call:
         """The call with the keys at ``places`` only."""
         key, value = (tape.op("Gather", tensor, places, axis=2) for tensor in (call.key, call.value))
-        attended = call.attended and tape.op("Gather", call.attended, places, axis=3)
-        return _Call(call.query, key, value, attended, call.scale)
+        attended = None if call.attended is None else tape.op("Gather", call.attended, places, axis=3)
+        return replace(call, key=key, value=value, attended=attended)
 
     def _kept(
         self, attended: onnx_ir.Value | None, piece: Piece, padding: onnx_ir.Value | None, body: Tape

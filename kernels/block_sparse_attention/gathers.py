@@ -71,7 +71,7 @@ class Piece:
     @property
     def keys_per_group(self) -> int:
         """K."""
-        return self.blocks.shape[1] * self.block - self.cut
+        return int(self.blocks.shape[1]) * self.block - self.cut
 
     @property
     def pairs(self) -> int:
