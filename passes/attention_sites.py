@@ -110,9 +110,13 @@ def _unlike(node: Node, graph: Graph) -> str:
     """Why the call is not attention of (B, H, S, D) as a pattern thins it out; empty if it is."""
     if node.op not in (DENSE, FUSED):
         return "is sparse already" if node.op == SPARSE else f"{node.op} is neither {DENSE} nor {FUSED}"
-    shape = graph.type(node.ref("query")).shape
-    if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
-        return f"its queries are {graph.type(node.ref('query'))}, not (B, H, S, D) with H and D fixed"
+    query, key, value = (graph.type(node.ref(arg)) for arg in ("query", "key", "value"))
+    if len(query.shape) != 4 or not isinstance(query.shape[1], int) or not isinstance(query.shape[3], int):
+        return f"its queries are {query}, not (B, H, S, D) with H and D fixed"
+    if not query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        return f"its queries are {query}, its keys {key} and its values {value}, not of one batch and as many heads"
+    if not isinstance(query.shape[2], int):
+        return f"its tokens are {query.shape[2]}, a named size; trace without --dynamic frames, height, width or text"
     return ""
 
 

@@ -15,7 +15,6 @@ class Factor:
         source: The input or the grid of coordinates whose axis this is; empty if nothing is known.
         axis: Which of its axes.
         made: Whether the graph makes the source, as it makes a grid of coordinates.
-        named: Whether the extent depends on a named size, and is one example of many.
     """
 
     extent: int
@@ -23,7 +22,6 @@ class Factor:
     axis: int = 0
     stride: int = 1
     made: bool = False
-    named: bool = False
 
 
 Segment = tuple[Factor, ...]

@@ -7,9 +7,9 @@ columns of one input meet in it, or once a grid of coordinates is multiplied ont
 from __future__ import annotations
 
 from intarsia.ir.graph import Graph, Node
-from intarsia.ir.sizes import Dim, Size, evaluate
+from intarsia.ir.sizes import Size, evaluate
 from intarsia.ir.types import TensorType
-from intarsia.passes.token_axes import Axes, Axis, Factor, is_known, length, unknown
+from intarsia.passes.token_axes import Axes, Factor, is_known, length, unknown
 from intarsia.passes.token_rules import moved
 
 
@@ -44,12 +44,8 @@ class TokenAxes:
         return isinstance(self._graph.values[name].type, TensorType)
 
     def _source(self, name: str, *, made: bool) -> Axes:
-        dims = self._graph.type(name).shape
-        return tuple(self._whole(name, axis, dim, made=made) for axis, dim in enumerate(dims))
-
-    def _whole(self, name: str, axis: int, dim: Dim, *, made: bool) -> Axis:
-        extent = evaluate(dim, self._sizes)
-        return ((Factor(extent, name, axis, made=made, named=isinstance(dim, str)),),)
+        """The axes of a value from which others stem."""
+        return tuple(((Factor(extent, name, axis, made=made),),) for axis, extent in enumerate(self.shape(name)))
 
     def _keep(self, name: str, axes: Axes) -> None:
         """Note what is known; an axis that does not have the value's extent is none that we understand."""

@@ -14,8 +14,6 @@ def layout_of(axis: Axis) -> TokenLayout | str:
     if len(grids) != 1:
         return f"its tokens are {described(axis)}, not frames x height x width of a video; {IF_THEY_ARE}"
     (place,) = grids
-    if any(factor.named for segment in axis for factor in segment):
-        return "its number of tokens is a named size; trace without --dynamic frames, height, width or text"
     frames, height, width = (factor.extent for factor in axis[place])
     before, after = (length(part) for part in (axis[:place], axis[place + 1 :]))
     return TokenLayout(frames, height, width, before, after)

@@ -232,7 +232,7 @@ def _strided(axis: Axis, stride: Arg, extent: int) -> Axis:
     if len(segment) != 1 or not isinstance(stride, int) or segment[0].extent // stride != extent:
         return unknown(extent)
     (factor,) = segment
-    return ((Factor(extent, factor.source, factor.axis, factor.stride * stride, factor.made, factor.named),),)
+    return ((Factor(extent, factor.source, factor.axis, factor.stride * stride, factor.made),),)
 
 
 def _attention(node: Node, known: Known, place: int) -> Axes:

@@ -183,8 +183,8 @@ def test_a_named_number_of_frames_is_one_reason() -> None:
     text = str(video()).replace("16, 21, 90", "16, frames, 90").replace("5120, 21, 45", "5120, frames, 45")
     text = text.replace("75600", "3600*frames").replace("{", "{\n  size frames in [1, 64]", 1)
     assert why_none(Graph.parse(text)) == (
-        "no attention of video is among a video's tokens; the first of 1, %y: its number of tokens is a named size; "
-        "trace without --dynamic frames, height, width or text"
+        "no attention of video is among a video's tokens; the first of 1, %y: its tokens are 3600*frames, "
+        "a named size; trace without --dynamic frames, height, width or text"
     )
 
 
@@ -277,6 +277,12 @@ def test_attention_that_is_more_than_a_softmax_of_all_keys_says_what(more: str, 
         + ATTENTION.format(q="%tokens", k="%tokens", n=75600, m=75600, more=more)
     )
     assert expected in reason(graph)
+
+
+def test_keys_that_several_heads_share_are_refused() -> None:
+    shared = "  %one: f32[2, 1, 88, 8] = aten.slice.Tensor(self=%q, dim=1, start=0, end=1)\n  %y"
+    graph = Graph.parse(FLAT.replace("  %y", shared).replace("key=%q, value=%q", "key=%one, value=%one"))
+    assert "its keys f32[2, 1, 88, 8]" in reason(graph)
 
 
 def test_a_layout_by_hand_serves_a_model_that_does_not_show_its_own(mini: Callable[[str], Program]) -> None:
