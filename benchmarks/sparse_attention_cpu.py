@@ -2,10 +2,10 @@
 
     python benchmarks/sparse_attention_cpu.py [--quick] [--json FILE]
 
-Both are graphs of one node, built and run by our ONNX backend in f32. Sparse is ``intarsia.block_sparse_attention`` with
-the table and the order of tokens that a pattern gives; dense is ``aten.scaled_dot_product_attention``, which becomes one
-ONNX ``Attention`` node of all heads without a mask. All answers are held against PyTorch's before anything is timed,
-then all are timed in turns, in one process, with as many threads as there are cores: ``taskset`` gives it fewer.
+Both are graphs of one node, built and run by our ONNX backend in f32. Sparse is ``intarsia.block_sparse_attention``
+with the table and the order of tokens that a pattern gives; dense is ``aten.scaled_dot_product_attention``, which
+becomes one ONNX ``Attention`` node of all heads without a mask. All answers are held against PyTorch's before anything
+is timed, then all are timed in turns, in one process, with as many threads as there are cores: ``taskset`` gives fewer.
 """
 
 from __future__ import annotations
