@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.spec import Spec
-from intarsia.search.explain import Weighed, noted, why
+from intarsia.search.explain import noted, why
+from intarsia.search.weighed import Weighed
 from intarsia.units import duration, size
 
 TONES = 6

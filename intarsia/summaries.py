@@ -167,35 +167,49 @@ def searched(result: SearchResult, output: Path) -> tuple[dict[str, object], Lin
 
 
 def explained(explanation: Explanation, place: str | None) -> tuple[dict[str, object], Lines] | None:
-    """Rows of an explanation, of one place where it is given; None if there is no such place."""
-    rows = [row for row in explanation.rows if place is None or row.place == place]
+    """Rows of an explanation, of one place where it is given; None if there is no such place.
+
+    A layer's attention stands for all of its heads: ``blocks.3.attn1.y`` for ``blocks.3.attn1.y#0`` and the others.
+    """
+    rows = [row for row in explanation.rows if place is None or place in (row.place, row.place.partition("#")[0])]
     if not rows:
         return None
     data = explanation.to_json()
     wanted = {row.place for row in rows}
-    many = any(row.phase for row in rows)
+    many = any(row.phase for row in explanation.rows)
     every = data["rows"]
     assert isinstance(every, list)
     data["rows"] = [row for row in every if row["place"] in wanted]
     if place is None:
-        told = [(str(row.phase), row.place, row.chosen or "not offered", row.why) for row in rows]
-        columns = ("phase", "place", "chosen", "why")
-        first = 0 if many else 1
+        told = [(str(row.phase), _steps(row), row.place, row.chosen or "not offered", row.why) for row in rows]
+        columns = ("phase", "steps", "place", "chosen", "why")
+        first = 0 if many else 2
         return data, [table(columns[first:], [row[first:] for row in told])]
-    return data, [line for row in rows for line in (*([f"phase {row.phase}"] if many else []), *_options(row))]
+    lines: list[str | Table] = []
+    for row in rows:
+        lines += [*([f"phase {row.phase}, steps {_steps(row)}"] if many else []), *_options(row)]
+    return data, lines
+
+
+def _steps(row: Row) -> str:
+    first, last = row.steps
+    return f"{first} to {'the last' if last is None else last}"
 
 
 def _options(row: Row) -> Lines:
+    """A place with all its options; those of a head of attention have no weights, and change no bytes."""
+    of_weights = "#" not in row.place
     options = [
         (
             f"{option.option}{' *' if option.option == row.chosen else ''}",
             "not measured" if option.error is None else f"{option.error:.3g}",
-            f"{option.bytes:+,}",
+            *([f"{option.bytes:+,}"] if of_weights else []),
             f"{1e6 * option.seconds:+.3g} us",
         )
         for option in row.options
     ]
-    listed = table(("option (* chosen)", "error", "bytes", "seconds"), options, right=3)
+    columns = ("option (* chosen)", "error", *(["bytes"] if of_weights else []), "seconds")
+    listed = table(columns, options, right=len(columns) - 1)
     return [row.place, listed, row.why] if options else [f"{row.place}: {row.why}"]
 
 

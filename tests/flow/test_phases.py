@@ -354,7 +354,8 @@ def test_explain_tells_what_was_chosen_in_each_phase(bundle: Bundle, plan: Plan)
     assert {(row.phase, row.chosen) for row in explanation.rows if row.place == UP} == {(0, "i8"), (1, "i4(group=32)")}
     told = explained(explanation, UP)
     assert told is not None
-    assert [line for line in told[1] if isinstance(line, str) and line.startswith("phase")] == ["phase 0", "phase 1"]
+    titles = [line for line in told[1] if isinstance(line, str) and line.startswith("phase")]
+    assert titles == ["phase 0, steps 0 to 1", "phase 1, steps 2 to the last"]
     page = render(bundle.folder)
     assert "</code>, phase 0, steps 0 to 1. Rows" in page
     assert "</code>, phase 1, steps 2 to the last. Rows" in page
