@@ -151,7 +151,7 @@ def _os_error(error: Exception) -> int | None:
 def _place_in_user_pass(error: Exception) -> str | None:
     """File and line where a pass from a user's own file raised ``error``; None if no such pass was running."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        if str(frame.f_globals.get("__name__", "")).startswith("intarsia_user_pass_"):
+        if str(frame.f_globals.get("__name__", "")).startswith("intarsia_user_"):
             return f"{frame.f_code.co_filename}:{line}"
     return None
 

@@ -1,14 +1,21 @@
-"""Registries: plain tables from name to import path, and entry points by which other packages join."""
+"""Registries: plain tables from name to import path, entry points by which other packages join, and a user's files."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
+import sys
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib.metadata import entry_points
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from .errors import UsageError
+from .spec import Spec, construct
+
+T = TypeVar("T")
 
 
 def known_names(table: Mapping[str, str], *, group: str) -> tuple[str, ...]:
@@ -34,6 +41,40 @@ def import_path(path: str) -> Any:
     """The object at ``"package.module:name"``."""
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def from_file(text: str, base: type[T], *, kind: str) -> T:
+    """What ``path/to/file.py:ClassName(key=value)`` stands for, a subclass of ``base``; the file is run.
+
+    A file that has not changed is imported once: the same notation makes equal objects each time it is read.
+
+    Raises:
+        UsageError: No such file or class, or the file cannot be imported.
+        SpecError: The notation, a key or a value is wrong.
+    """
+    path_text, _, rest = text.partition(".py:")
+    path, spec = Path(path_text + ".py"), Spec.parse(rest)
+    if not path.is_file():
+        raise UsageError(f"{kind} {text!r}: there is no file {path}")
+    found = _contents(path.resolve(), path.stat().st_mtime_ns, kind, f"{kind} {text!r}: {path}").get(spec.name)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UsageError(f"{kind} {text!r}: {path} defines no {base.__name__} called {spec.name}")
+    return construct(found, spec)
+
+
+@lru_cache(maxsize=32)
+def _contents(path: Path, changed: int, kind: str, where: str) -> dict[str, object]:
+    """What a file defines, by name; ``changed`` is when it did last."""
+    module_spec = importlib.util.spec_from_file_location(f"intarsia_user_{kind}_{path.stem}", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up by name
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # the file is the user's own, and may raise anything
+        raise UsageError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+    return vars(module)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from intarsia.ir import registry
-from intarsia.ir.errors import PlanError, UsageError
+from intarsia.ir.errors import PlanError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Choices, Chosen
 from intarsia.ir.spec import Spec, construct, spec_of
@@ -74,33 +71,12 @@ def find_pass(text: str) -> Pass:
         SpecError: The notation or a key is wrong.
     """
     if ".py:" in text:
-        return _from_file(text)
+        return registry.from_file(text, Pass, kind="pass")  # type: ignore[type-abstract]
     spec = Spec.parse(text)
     found = registry.find(spec.name, PASSES, group=GROUP, kind="pass")
     made = construct(found, spec)
     assert isinstance(made, Pass)
     return made
-
-
-def _from_file(text: str) -> Pass:
-    path_text, _, rest = text.partition(".py:")
-    path, spec = Path(path_text + ".py"), Spec.parse(rest)
-    if not path.is_file():
-        raise UsageError(f"pass {text!r}: there is no file {path}")
-    module_name = f"intarsia_user_pass_{path.stem}"
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module  # dataclasses look their module up by name
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:  # the file is the user's own, and may raise anything
-        raise UsageError(f"pass {text!r}: {path} cannot be imported: {type(error).__name__}: {error}") from error
-    cls = getattr(module, spec.name, None)
-    if not (isinstance(cls, type) and issubclass(cls, Pass)):
-        raise UsageError(f"pass {text!r}: {path} defines no Pass called {spec.name}")
-    return construct(cls, spec)
 
 
 def check_chosen(pass_: Pass, graph: Graph, target: Target, chosen: Chosen) -> None:

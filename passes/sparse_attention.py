@@ -48,7 +48,9 @@ class SparseAttention(Pass):
         %y.part0: f32[B, 2, S, D] = intarsia.block_sparse_attention(query=%y.query0, ..., blocks="32:0-3;...")
         ...
         %y.joined: f32[B, 4, S, D] = aten.cat(tensors=[%y.part0, %y.part1, %y.part2], dim=1)
-        %y: f32[B, 4, S, D] = aten.index_select(self=%y.joined, dim=1, index=%y.places)
+        %y.placed: f32[B, 4, S, D] = aten.index_select(self=%y.joined, dim=1, index=%y.places)
+        ...                                                      tokens before heads in memory, as attention has them
+        %y: f32[B, 4, S, D] = aten.transpose.int(self=%y.rows, dim0=1, dim1=2)
 
     ``fuse-heads`` after it puts the heads of a group side by side in the weights, so that nothing is gathered.
     Source: Sparse-vDiT (arXiv 2506.03065), section 4.2.
@@ -227,14 +229,25 @@ def _taken(
 
 
 def _joined(node: Node, parts: Sequence[Ref], heads: Sequence[int], graph: Graph) -> Iterator[Node]:
-    """The calls that put the groups' results side by side and the heads back in their places."""
+    """The calls that put the groups' results side by side, the heads back in their places, and tokens before heads.
+
+    Tokens before heads in memory is how attention gives its result, and what a view behind it may count on.
+    """
     joined = _like(f"{node.name}.joined", node, len(heads), graph)
     yield Node("aten.cat", {"tensors": tuple(parts), "dim": 1}, (joined,), node.source)
     inverse = sorted(range(len(heads)), key=heads.__getitem__)
     index = Value(fresh(f"{node.name}.places", graph.values), TensorType("i64", (len(heads),)))
     yield Node("intarsia.integers", {"runs": str(TokenOrder.of(inverse))}, (index,), node.source)
+    placed = _like(f"{node.name}.placed", node, len(heads), graph)
     args: dict[str, Arg] = {"self": Ref(joined.name), "dim": 1, "index": Ref(index.name)}
-    yield Node("aten.index_select", args, node.outputs, node.source)
+    yield Node("aten.index_select", args, (placed,), node.source)
+    batch, count, tokens, channels = node.type.shape
+    turned = TensorType(node.type.dtype, (batch, tokens, count, channels))
+    turn = Value(fresh(f"{node.name}.turned", graph.values), turned)
+    rows = Value(fresh(f"{node.name}.rows", graph.values), turned)
+    yield Node("aten.transpose.int", {"self": Ref(placed.name), "dim0": 1, "dim1": 2}, (turn,), node.source)
+    yield Node("aten.contiguous", {"self": Ref(turn.name)}, (rows,), node.source)
+    yield Node("aten.transpose.int", {"self": Ref(rows.name), "dim0": 1, "dim1": 2}, node.outputs, node.source)
 
 
 def _like(name: str, node: Node, heads: int, graph: Graph) -> Value:

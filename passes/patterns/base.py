@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -82,7 +79,7 @@ def find_pattern(text: str) -> Pattern:
         SpecError: The notation, a key or a value is wrong.
     """
     if ".py:" in text:
-        return _from_file(text)
+        return registry.from_file(text, Pattern, kind="pattern")  # type: ignore[type-abstract]
     spec = Spec.parse(text)
     found = registry.find(spec.name, PATTERNS, group=GROUP, kind="pattern")
     made = construct(found, spec)
@@ -119,35 +116,3 @@ def _check_blocks(blocks: NDArray[np.bool_], pattern: Pattern, expected: tuple[i
             f"{len(empty)} of {expected[0]} blocks of queries attend to nothing, the first is block {empty[0]}; "
             "keep at least one block in each row"
         )
-
-
-def _from_file(text: str) -> Pattern:
-    path_text, _, rest = text.partition(".py:")
-    path, spec = Path(path_text + ".py"), Spec.parse(rest)
-    if not path.is_file():
-        raise UsageError(f"pattern {text!r}: there is no file {path}")
-    cls = _classes(path.resolve(), path.stat().st_mtime_ns).get(spec.name)
-    if cls is None:
-        raise UsageError(f"pattern {text!r}: {path} defines no Pattern called {spec.name}")
-    return construct(cls, spec)
-
-
-@lru_cache(maxsize=32)
-def _classes(path: Path, changed: int) -> dict[str, type[Pattern]]:
-    """The patterns that a file defines, by class name.
-
-    A file that has not ``changed``, which is a time, is imported once: the same notation makes equal patterns.
-    """
-    module_name = f"intarsia_user_pattern_{path.stem}"
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module  # dataclasses look their module up by name
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:  # the file is the user's own, and may raise anything
-        raise UsageError(f"pattern file {path} cannot be imported: {type(error).__name__}: {error}") from error
-    return {
-        name: value for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, Pattern)
-    }
