@@ -165,9 +165,8 @@ def test_the_page_names_the_densities_that_are_reached():
         assert [f"{density * 100:.2f}" for density in found] == shown
 
 
-@narrow
+@settings(max_examples=30, suppress_health_check=[HealthCheck.filter_too_much])
 @given(patterns.map(find_pattern), layouts, blocks)
-@settings(max_examples=30)
 def test_a_picture_with_a_pixel_a_token_is_the_mask(pattern: Pattern, layout: TokenLayout, block: int):
     mask = fitting(pattern, layout, block, block)
     assert np.allclose(token_shares(mask, layout.tokens), mask.tokens())
