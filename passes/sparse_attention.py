@@ -145,7 +145,7 @@ class SparseAttention(Pass):
 
     def _grouped(self, node: Node, site: Site, options: Sequence[str], graph: Graph) -> Sequence[Node]:
         """The calls of all groups of heads, and what takes the heads apart and joins them again."""
-        groups = _groups(options)
+        groups = groups_of(options)
         if len(groups) == 1:
             return (self._part(node, site, options[0], _operands(site), node.outputs[0]),)
         made: list[Node] = []
@@ -198,7 +198,7 @@ def _texts(option: str, layout: TokenLayout, block: int) -> tuple[str, str | Non
     return str(pattern.table(layout, block, block)), None if order is None else str(order)
 
 
-def _groups(options: Sequence[str]) -> list[list[int]]:
+def groups_of(options: Sequence[str]) -> list[list[int]]:
     """The heads of each pattern, by their first head; skipped ones last."""
     found: dict[str, list[int]] = {}
     for head, option in enumerate(options):
