@@ -39,6 +39,7 @@ from intarsia.search.quality import Goal
 from intarsia.search.search import SearchResult
 from intarsia.search.search import search as find_plan
 from intarsia.subject import Subject
+from intarsia.timing import measured_seconds
 
 if TYPE_CHECKING:
     from intarsia.ir.exported import Dynamic
@@ -199,6 +200,7 @@ def _heads(
         budget=budget,
         notations=notations,
         progress=progress,
+        price=measured_seconds(machine) if how.costs == "measured" else None,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from hashlib import sha256
+from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +19,8 @@ from intarsia.ir.execute import call
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.program import Program
 from intarsia.ir.target import Target
+from intarsia.ir.tokens import TokenLayout
+from intarsia.ir.types import TensorType
 from intarsia.passes.attention_sites import Site
 from intarsia.passes.patterns.base import find_pattern
 from intarsia.passes.patterns.columns import columns_of
@@ -29,6 +33,9 @@ from intarsia.search.sensitivity import Batch
 
 Answer = Callable[[Site, Sequence[Mapping[str, Any]]], Sequence[Tensor]]
 """What a site's attention gives (B, H, S, D), for each of several calls that run side by side, from their values."""
+
+Price = Callable[[Node, Graph], float]
+"""Seconds of a call whose inputs the graph defines."""
 
 MASS_ROWS = 64
 """Queries, evenly spread, whose attention says which columns of keys a head looks at."""
@@ -45,6 +52,7 @@ class Heads:
         options: Of each head of each site, in the order of ``places``, patterns that it may have; the first is dense.
         target: The machine that costs are predicted for.
         sizes: The graph's named sizes.
+        price: Measured seconds of a call of attention; None predicts them.
     """
 
     pass_: SparseAttention
@@ -53,13 +61,23 @@ class Heads:
     options: tuple[tuple[str, ...], ...]
     target: Target
     sizes: Mapping[str, int]
+    price: Price | None = None
 
     @classmethod
-    def of(cls, pass_: SparseAttention, graph: Graph, target: Target, sizes: Mapping[str, int]) -> Heads:
+    def of(
+        cls,
+        pass_: SparseAttention,
+        graph: Graph,
+        target: Target,
+        sizes: Mapping[str, int],
+        *,
+        price: Price | None = None,
+    ) -> Heads:
         """The heads to which the pass offers something."""
         choices = pass_.choices(graph, target)
         found = tuple(site for site in pass_.sites(graph) if places(site)[0] in choices)
-        return cls(pass_, graph, found, tuple(choices[p] for site in found for p in places(site)), target, sizes)
+        options = tuple(choices[place] for site in found for place in places(site))
+        return cls(pass_, graph, found, options, target, sizes, price)
 
     @cached_property
     def places(self) -> tuple[str, ...]:
@@ -73,7 +91,22 @@ class Heads:
 
     def first(self, site: Site) -> int:
         """The number of the site's first head."""
-        return self.places.index(places(site)[0])
+        return self._firsts[site.name]
+
+    @cached_property
+    def _firsts(self) -> dict[str, int]:
+        counts = accumulate((site.heads for site in self.sites), initial=0)
+        return {site.name: first for site, first in zip(self.sites, counts, strict=False)}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change with any head's options, and with what a pattern computes."""
+        digest = sha256(repr((self.places, self.options)).encode())
+        for site in self.sites:
+            for option in dict.fromkeys(option for options in self.of_site(site) for option in options):
+                mask = self.pass_.mask(option, site.layout)
+                digest.update(f"{option} {mask.block_q} {mask.table} {mask.order}".encode())
+        return digest.hexdigest()[:16]
 
     def of_site(self, site: Site) -> tuple[tuple[str, ...], ...]:
         """The options of the site's heads."""
@@ -94,7 +127,7 @@ class Heads:
         """The share of pairs that a head of the site computes with this option."""
         if option in (DENSE, SKIP):
             return float(option == DENSE)
-        return _density(self.pass_, option, site)
+        return _density(self.pass_, option, site.layout)
 
     def result(self, site: Site, head: int, option: str, table: Mapping[str, Any], *, rows: Tensor) -> Tensor:
         """What one head gives with an option for the queries ``rows`` (R), as ``sampled_rows`` spreads them: (B, R, D).
@@ -104,7 +137,7 @@ class Heads:
         query, key, value = (table[name][:, head : head + 1] for name in (site.query, site.key, site.value))
         if option == SKIP:
             return torch.zeros_like(query[:, 0, rows])
-        mask = None if option == DENSE else _rows_of(self.pass_, option, site, len(rows)).to(query.device)
+        mask = None if option == DENSE else _rows_of(self.pass_, option, site.layout, len(rows)).to(query.device)
         if site.lengths:
             kept = (torch.arange(key.shape[2])[None, :] < table[site.lengths][:, None])[:, None, None, :]
             mask = kept if mask is None else mask & kept
@@ -118,31 +151,46 @@ class Heads:
 
         Seconds are the roofline's for one head of many, so that starting a kernel costs nothing.
         """
-        found = np.full((len(self.places), self.width), ABSENT)
-        for site in self.sites:
-            for head, options in enumerate(self.of_site(site)):
-                number = self.first(site) + head
-                found[number, : len(options)] = [self._cost(site, option, unit) for option in options]
-        return found / len(self.places) if unit == "density" else found
+        if unit not in self._costs:
+            found = np.full((len(self.places), self.width), ABSENT)
+            for site in self.sites:
+                for head, options in enumerate(self.of_site(site)):
+                    number = self.first(site) + head
+                    found[number, : len(options)] = [self._cost(site, option, unit) for option in options]
+            self._costs[unit] = found / len(self.places) if unit == "density" else found
+        return self._costs[unit]
+
+    @cached_property
+    def _costs(self) -> dict[str, Floats]:
+        return {}
 
     def _cost(self, site: Site, option: str, unit: str) -> float:
         if unit == "density" or option == SKIP:
             return self.density(site, option)
-        priced = self._seconds.get((site.name, self.density(site, option)))
-        if priced is None:
-            found = node_cost(self.pass_.part(site, option, self.graph), self.graph, self.target, self.sizes)
-            priced = max(found.seconds - self.target.launch, 0.0) / site.heads
-            self._seconds[site.name, self.density(site, option)] = priced
-        return priced
+        alike = (self.graph.type(site.query), mode(option), self.density(site, option))
+        if alike not in self._seconds:
+            self._seconds[alike] = self._call_seconds(self.pass_.part(site, option, self.graph)) / site.heads
+        return self._seconds[alike]
+
+    def _call_seconds(self, node: Node) -> float:
+        if self.price is not None:
+            return self.price(node, self.graph)
+        return max(node_cost(node, self.graph, self.target, self.sizes).seconds - self.target.launch, 0.0)
 
     @cached_property
-    def _seconds(self) -> dict[tuple[str, float], float]:
+    def _seconds(self) -> dict[tuple[TensorType, str, float], float]:
+        """Of a head, by shape, kind of pattern and density: heads that are alike in these cost alike."""
         return {}
 
 
 @lru_cache(maxsize=4096)
-def _density(pass_: SparseAttention, option: str, site: Site) -> float:
-    return pass_.mask(option, site.layout).density
+def _density(pass_: SparseAttention, option: str, layout: TokenLayout) -> float:
+    return pass_.mask(option, layout).density
+
+
+def mode(option: str) -> str:
+    """The kind of a pattern: its name without what it is given."""
+    return option.partition("(")[0]
 
 
 def _by_block(mass: Floats, block: int) -> Floats:
@@ -170,7 +218,8 @@ def walk(program: Program, batches: Sequence[Batch], sites: Sequence[Site], answ
     tables: list[dict[str, Any]] = [
         {**program.weights, **{v.name: t for v, t in zip(graph.inputs, batch, strict=True)}} for batch in batches
     ]
-    for node, dead in _with_last_uses(graph):
+    lengths = [site.lengths for site in sites if site.lengths]
+    for node, dead in _with_last_uses(graph, kept=lengths):
         if node.name in by_name:
             for table, found in zip(tables, answer(by_name[node.name], tables), strict=True):
                 table[node.name] = found
@@ -183,11 +232,11 @@ def walk(program: Program, batches: Sequence[Batch], sites: Sequence[Site], answ
     return [table[graph.outputs[0]] for table in tables]
 
 
-def _with_last_uses(graph: Graph) -> Iterator[tuple[Node, Sequence[str]]]:
+def _with_last_uses(graph: Graph, *, kept: Sequence[str]) -> Iterator[tuple[Node, Sequence[str]]]:
     last = {name: node for node in graph.nodes for name in node.inputs}
-    kept = {*graph.outputs, *(value.name for value in (*graph.inputs, *graph.params))}
+    living = {*kept, *graph.outputs, *(value.name for value in (*graph.inputs, *graph.params))}
     for node in graph.nodes:
-        yield node, [name for name in set(node.inputs) if last[name] is node and name not in kept]
+        yield node, [name for name in set(node.inputs) if last[name] is node and name not in living]
 
 
 def column_mass(program: Program, batches: Sequence[Batch], heads: Heads) -> dict[str, Tensor]:
@@ -259,7 +308,8 @@ def output_errors(
         for number in range(probes):
             signs = torch.randint(0, 2, guided.shape, generator=generator).to(guided) * 2 - 1
             again = number + 1 < probes
-            slopes.append(torch.autograd.grad((guided * signs).sum(), wanted, retain_graph=again))
+            along_signs = (guided * signs).sum()
+            slopes.append(torch.autograd.grad(along_signs, wanted, retain_graph=again, materialize_grads=True))
         with torch.no_grad():
             for place, site in enumerate(heads.sites):
                 dense, table = results[site.name].detach(), operands[site.name]
@@ -279,11 +329,11 @@ def _changed(site: Site, table: Mapping[str, Any], heads: Heads) -> Iterator[tup
             yield head, number, heads.result(site, head, option, table, rows=rows)
 
 
-@lru_cache(maxsize=512)
-def _rows_of(pass_: SparseAttention, option: str, site: Site, count: int) -> Tensor:
+@lru_cache(maxsize=64)
+def _rows_of(pass_: SparseAttention, option: str, layout: TokenLayout, count: int) -> Tensor:
     """The rows of the option's mask (R, S) that ``sampled_rows`` names, by token number."""
-    mask: Mask = pass_.mask(option, site.layout)
-    tokens = site.layout.tokens
+    mask: Mask = pass_.mask(option, layout)
+    tokens = layout.tokens
     rows = sampled_rows(tokens, count).numpy()
     place = np.arange(tokens) if mask.order is None else mask.order.inverse()
     blocks: NDArray[np.bool_] = mask.table.blocks()[place[rows] // mask.block_q]

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from intarsia.search.head_errors import output_errors
-from intarsia.search.head_study import Decided, HeadStudy
+from intarsia.search.head_study import Decided, HeadStudy, served
 from intarsia.search.head_table import Choice, Floats, HeadTable, load_errors
 from intarsia.search.search import EFFORTS
 from intarsia.search.trials import digits
@@ -25,12 +26,12 @@ class ExactStudy(HeadStudy):
     def decide(self) -> Decided:
         """The choice of least error within the budget, or the cheapest that meets the goal."""
         table = self.table
-        if self.how.density or self.how.seconds:
+        if self.how.bounded:
             choice, self.facts["gap"] = table.exact(self._budget(table))
-            if self.workload is not None:
-                self._measured(table, choice)
+            self._kept_by_budget(table, choice)
         else:
             choice = self._within_goal(table)
+            self.decided = table, choice
         if self.how.transfer and self.effort != "quick" and self.workload is not None and self.trials:
             self.facts["transfer"] = self._transfer(table, choice)
         return table, choice
@@ -45,8 +46,7 @@ class ExactStudy(HeadStudy):
             if number == 0:
                 middle = max(table.dense * PROBE_DENSITY, low)
             choice, gap = table.exact(middle)
-            self._measured(table, choice)
-            if self._meets():
+            if self._measured(table, choice).margin >= 0:
                 good, high, self.facts["gap"] = choice, table.cost(choice), gap
             else:
                 low = middle
@@ -72,8 +72,9 @@ class ExactStudy(HeadStudy):
         """Errors on calibration noise, each phase weighted by what its errors do to the whole answer."""
         if not self.how.table:
             return self._table("calibration", self.heads.options).weighted(self._weights)
-        steps = self.loop.steps if self.loop else self.how.steps or 1
-        errors = load_errors(Path(self.how.table), steps=steps, heads=len(self.heads.places), options=self.heads.width)
+        errors = load_errors(
+            Path(self.how.table), steps=self.steps, heads=len(self.heads.places), options=self.heads.width
+        )
         phases = np.stack([errors[first : last + 1].sum(axis=0) for first, last in self.ranges])
         return HeadTable(self.ranges, self.heads.places, self.heads.options, phases, self.costs)
 
@@ -83,7 +84,8 @@ class ExactStudy(HeadStudy):
         self.progress.start(f"errors of heads, {split}", len(calls))
         errors = []
         for number, batches in enumerate(calls):
-            key = self._key(f"errors {split} {number} {self.how.phases} {self.how.probes}")
+            told = f"{self.ranges} {number} {self.how.probes} {self.seed} {self.heads.fingerprint}"
+            key = self._key(f"errors {split} {told}")
             known = self.journal.get(key)
             if not isinstance(known, list):
                 found = output_errors(
@@ -114,13 +116,20 @@ class ExactStudy(HeadStudy):
             budget = max(alone.dense * PROBE_DENSITY, alone.cheapest)
             choice = np.zeros((len(self.ranges), len(self.heads.places)), dtype=np.int64)
             choice[number] = alone.exact(budget)[0][0]
-            key = self._key(f"weight {number} {self.how.phases} {self.how.probes} {self.how.seconds > 0}")
+            graphs = self._graphs(table, choice)
+            key = self._key(f"moved {served(graphs)}")
             moved = self.journal.get(key)
             if not isinstance(moved, float):
-                outputs = self._outputs(table, choice, "calibration")
-                moved = float((outputs - self._reference("calibration")).double().square().mean())
+                outputs = self._outputs(graphs, "calibration")
+                moved = float((outputs - self._dense).double().square().mean())
                 self.journal.put(key, moved)
             weights.append(moved / max(table.error(choice), 1e-300))
             self.progress.advance()
             self.deadline.check()
         return np.array(weights)
+
+    @cached_property
+    def _dense(self) -> Tensor:
+        """Whole answers with every head dense, on calibration noise."""
+        dense = np.zeros((1, len(self.heads.places)), dtype=np.int64)
+        return self._outputs(self._graphs(self._kept, dense), "calibration")

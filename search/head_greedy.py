@@ -24,14 +24,12 @@ class GreedyStudy(HeadStudy):
     def decide(self) -> Decided:
         """What the closed loop decides with the given epsilon, or with the one that bisection finds."""
         if self.how.epsilon:
-            table, choice = self._policy(self.how.epsilon)
-            self._measured(table, choice)
-            return table, choice
+            return self._kept_by_budget(*self._policy(self.how.epsilon))
         return self._bisected()
 
     def _bisected(self) -> Decided:
         """The policy of the largest epsilon that keeps the goal, or of the smallest that keeps the budget."""
-        bounded = bool(self.how.density or self.how.seconds)
+        bounded = self.how.bounded
         low, high = 1e-4, 1e4
         kept = replace(self._kept, phases=self.ranges, errors=np.zeros((len(self.ranges), *self.costs.shape)))
         best: Decided | None = None if bounded else (kept, self._dense_meets(kept))
@@ -41,21 +39,20 @@ class GreedyStudy(HeadStudy):
             if bounded:
                 enough = table.cost(choice) <= self._budget(table)
                 low, high = (low, epsilon) if enough else (epsilon, high)
-                best = (table, choice) if enough else best
+                best = self.decided = (table, choice) if enough else best
             else:
-                self._measured(table, choice)
-                low, high = (epsilon, high) if self._meets() else (low, epsilon)
-                best = (table, choice) if self._meets() else best
+                met = self._measured(table, choice).margin >= 0
+                low, high = (epsilon, high) if met else (low, epsilon)
+                best = (table, choice) if met else best
             self.facts["epsilon"] = digits(high if bounded else low)
         if best is None:
             raise UsageError(f"strategy heads: no epsilon up to 1e4 keeps the budget; {self.how} asks for too little")
-        if bounded:
-            self._measured(*best)
-        return best
+        return self._kept_by_budget(*best) if bounded else best
 
     def _policy(self, epsilon: float) -> Decided:
         """What the closed loop decides with this epsilon, and the errors that it saw."""
         relative = self.costs / np.maximum(self.costs[:, :1], 1e-300)
+        told = f"{self.ranges} {self.how.score} {epsilon!r} {self.how.weight!r} {self.how.rows}"
         policy = Policy(
             program=self._materialized,
             heads=self.heads,
@@ -65,7 +62,7 @@ class GreedyStudy(HeadStudy):
             weight=self.how.weight,
             rows=self.how.rows,
             journal=self.journal,
-            key=self._key(f"policy {self.how.score} {epsilon:.6g} {self.how.weight:g} {self.how.rows}"),
+            key=self._key(f"policy {told} {self.heads.fingerprint} {relative.tolist()}"),
             firsts=frozenset(first for first, _ in self.ranges),
         )
         if self.loop is None:

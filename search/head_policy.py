@@ -76,7 +76,7 @@ class Policy:
         with torch.no_grad():
             outputs = walk(self.program, batches, self.heads.sites, answer)
         if weighs:
-            rows = [[None if np.isinf(e) else float(f"{e:.6g}") for e in row] for row in errors]
+            rows = [[None if np.isinf(e) else float(e) for e in row] for row in errors]
             self.journal.put(self._key(number), {"chosen": chosen.tolist(), "errors": rows})
         self.chosen.append(chosen)
         self.errors.append(errors)
@@ -117,4 +117,4 @@ class Policy:
             self.heads.result(site, head, options[head][int(number)], table, rows=every)
             for head, number in enumerate(chosen)
         ]
-        return torch.stack(parts, dim=1)
+        return torch.stack(parts, dim=2).transpose(1, 2)  # tokens before heads in memory, as attention gives it

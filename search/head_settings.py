@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from intarsia.ir.spec import spec_of
 from intarsia.search.head_policy import SCORES
 
 CHOOSE = ("exact", "greedy")
+COSTS = ("predicted", "measured")
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,15 @@ class HeadSearch:
     transfer: bool = True
     table: str = ""
     steps: int = 0
+    costs: str = "predicted"
 
     def __post_init__(self) -> None:
         if self.choose not in CHOOSE:
             raise ValueError(f"choose is {self.choose!r}; it is one of {', '.join(CHOOSE)}")
         if self.score not in SCORES:
             raise ValueError(f"score is {self.score!r}; it is one of {', '.join(SCORES)}")
+        if self.costs not in COSTS:
+            raise ValueError(f"costs is {self.costs!r}; it is one of {', '.join(COSTS)}")
         if not 0 <= self.density <= 1:
             raise ValueError(f"density is {self.density}; it is a share of all pairs, above 0 and at most 1")
         if self.density and self.seconds:
@@ -59,3 +64,13 @@ class HeadSearch:
             raise ValueError("seconds, epsilon and weight are at least 0")
         if self.table and self.choose == "greedy":
             raise ValueError("table is given; greedy measures in closed loop and takes none")
+        if self.epsilon and (self.choose != "greedy" or self.density or self.seconds):
+            raise ValueError("epsilon is given; it decides by itself, for choose='greedy' without density or seconds")
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a budget decides rather than quality."""
+        return bool(self.density or self.seconds)
+
+    def __str__(self) -> str:
+        return str(spec_of("heads", self))

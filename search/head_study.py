@@ -8,18 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from intarsia.ir.errors import QualityError, UsageError
+from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program, materialize
 from intarsia.ir.target import Target
 from intarsia.passes.base import Pass
 from intarsia.passes.sparse_attention import DENSE, SparseAttention
-from intarsia.search.head_errors import Heads, column_mass
+from intarsia.search.head_errors import Heads, Price, column_mass
 from intarsia.search.head_settings import HeadSearch
 from intarsia.search.head_table import Choice, Floats, HeadTable
 from intarsia.search.journal import Journal
@@ -38,6 +40,9 @@ NOTED = 20_000
 Decided = tuple[HeadTable, Choice]
 """What was known, and what each head does in each phase."""
 
+Served = Sequence[tuple[int, int, Graph]]
+"""First and last step of each phase, and the graph that serves it."""
+
 
 @dataclass
 class HeadStudy(ABC):
@@ -54,12 +59,14 @@ class HeadStudy(ABC):
     journal: Journal
     progress: Progress
     deadline: Deadline = field(default_factory=Deadline)
+    price: Price | None = None
     trials: list[Trial] = field(default_factory=list[Trial])
     facts: dict[str, object] = field(default_factory=dict[str, object])
+    decided: Decided | None = None
 
     @abstractmethod
     def decide(self) -> Decided:
-        """What is known of all options, and the choice; Spent when the time is over."""
+        """What is known of all options, and the choice; Spent when the time is over, ``decided`` set if it was."""
 
     def result(self, notations: Sequence[str]) -> SearchResult:
         """The plan, which calls the passes by these notations, and all that was learnt on the way."""
@@ -97,10 +104,15 @@ class HeadStudy(ABC):
         """The loop around the network, if there is one."""
         return self.workload.loop if self.workload else None
 
+    @property
+    def steps(self) -> int:
+        """Calls one after the other that make an answer."""
+        return self.loop.steps if self.loop else (self.how.steps or 1) if self.how.table else 1
+
     @cached_property
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """First and last step of every phase."""
-        steps = self.loop.steps if self.loop else self.how.steps or 1
+        steps = self.steps
         count = min(self.how.phases or steps, steps)
         borders = [steps * number // count for number in range(count + 1)]
         return tuple((first, end - 1) for first, end in pairwise(borders))
@@ -111,10 +123,10 @@ class HeadStudy(ABC):
         sparse = self.passes[0]
         assert isinstance(sparse, SparseAttention)
         sizes = self.sizes
-        found = Heads.of(sparse, self.program.graph, self.target, sizes)
+        found = Heads.of(sparse, self.program.graph, self.target, sizes, price=self.price)
         if self.how.table or self.workload is None:
             return found
-        key = self._key("columns")
+        key = self._key(f"columns {self.ranges} {found.fingerprint}")
         known = self.journal.get(key)
         if isinstance(known, list):
             return replace(found, options=tuple(map(tuple, known)))
@@ -143,11 +155,21 @@ class HeadStudy(ABC):
         """All heads dense in all phases; QualityError if even that misses the goal."""
         assert self.goal is not None
         dense = np.zeros((len(table.phases), len(table.places)), dtype=np.int64)
-        self._measured(table, dense)
-        if not self._meets():
-            reached = self.goal.reached(self.trials[-1].quality)
+        trial = self._measured(table, dense)
+        if trial.margin < 0:
+            reached = self.goal.reached(trial.quality)
             raise QualityError(f"quality {self.goal} cannot be reached: with every head dense, {reached}")
         return dense
+
+    def _kept_by_budget(self, table: HeadTable, choice: Choice) -> Decided:
+        """What a budget or a given epsilon leads to, measured; QualityError if a goal is given too and missed."""
+        self.decided = table, choice
+        if self.workload is not None:
+            trial = self._measured(table, choice)
+            if self.goal is not None and trial.margin < 0:
+                reached = self.goal.reached(trial.quality)
+                raise QualityError(f"quality {self.goal} is missed by {self.how}: {reached}; allow it more")
+        return self.decided
 
     @property
     def _kept(self) -> HeadTable:
@@ -180,7 +202,8 @@ class HeadStudy(ABC):
         """The graph's named sizes."""
         if not self.program.graph.sizes or self.workload is None:
             return {size.name: max(size.minimum, 2) for size in self.program.graph.sizes}
-        return sizes_of(self.program.graph, self.workload.calibration[0])
+        call = self._calls("calibration")[0][0] if self.loop else self.workload.calibration[0]
+        return sizes_of(self.program.graph, call)
 
     @cached_property
     def baseline(self) -> Prediction:
@@ -236,47 +259,48 @@ class HeadStudy(ABC):
 
     @property
     def _best(self) -> tuple[HeadTable, Choice] | None:
-        """The fastest that was measured and meets the goal."""
+        """What was decided, or the fastest that was measured and meets the goal."""
+        if self.decided is not None:
+            return self.decided
         met = [trial for trial in self.trials if trial.margin >= 0]
         best = min(met, key=lambda trial: trial.seconds, default=None)
         return self._by_selection[best.selection] if best else None
 
-    def _meets(self) -> bool:
-        return self.trials[-1].margin >= 0
-
     def _quality(self, table: HeadTable, choice: Choice) -> Quality:
-        digest = hashlib.sha256(repr([self._answers(table, row) for row in choice]).encode()).hexdigest()[:16]
-        key = self._key(f"quality {table.phases} {digest}")
+        graphs = self._graphs(table, choice)
+        key = self._key(f"quality {served(graphs)}")
         known = self.journal.get(key)
         if isinstance(known, dict):
             return Quality.from_json(known)
-        found = measure(self._outputs(table, choice, "validation"), self._reference("validation"))
+        found = measure(self._outputs(graphs, "validation"), self._unchanged)
         self.journal.put(key, found.to_json())
         return found
 
-    def _reference(self, split: str) -> Tensor:
-        if split not in self._references:
-            dense = np.zeros((1, len(self.heads.places)), dtype=np.int64)
-            self._references[split] = self._outputs(self._kept, dense, split)
-        return self._references[split]
-
     @cached_property
-    def _references(self) -> dict[str, Tensor]:
-        return {}
+    def _unchanged(self) -> Tensor:
+        """Whole answers of the program as it came, on validation noise."""
+        return self._outputs([(0, self.steps - 1, self.program.graph)], "validation")
 
-    def _outputs(self, table: HeadTable, choice: Choice, split: str) -> Tensor:
-        """Whole answers with each phase's patterns."""
+    def _graphs(self, table: HeadTable, choice: Choice) -> Served:
+        """The graph of each phase, one object where phases decide alike."""
+        made: dict[bytes, Graph] = {}
+        for row in choice:
+            if row.tobytes() not in made:
+                chosen = {0: self._answers(table, row)}
+                made[row.tobytes()] = run_passes(self.passes, self.program.graph, self.target, chosen)
+        rows = zip(table.phases, choice, strict=True)
+        return [(first, last, made[row.tobytes()]) for (first, last), row in rows]
+
+    def _outputs(self, graphs: Served, split: Literal["calibration", "validation"]) -> Tensor:
+        """Whole answers with each phase's graph."""
         assert self.workload is not None
-        runs: dict[str, Run] = {}
-        served: list[tuple[int, int, Run]] = []
-        for (first, last), row in zip(table.phases, choice, strict=True):
-            answers = self._answers(table, row)
-            if repr(answers) not in runs:
-                graph = run_passes(self.passes, self.program.graph, self.target, {0: answers})
-                runs[repr(answers)] = self._run(Program(graph, self.program.weights))
-            served.append((first, last, runs[repr(answers)]))
-        run = self.loop.by_step(served) if self.loop and len(served) > 1 else served[0][2]
-        return self.workload.outputs(run, "calibration" if split == "calibration" else "validation", self.progress)
+        runs: dict[int, Run] = {}
+        for _, _, graph in graphs:
+            if id(graph) not in runs:
+                runs[id(graph)] = self._run(Program(graph, self.program.weights))
+        serving = [(first, last, runs[id(graph)]) for first, last, graph in graphs]
+        run = self.loop.by_step(serving) if self.loop and len(runs) > 1 else serving[0][2]
+        return self.workload.outputs(run, split, self.progress)
 
     def _run(self, program: Program) -> Run:
         module = materialize(program).module()
@@ -289,8 +313,8 @@ class HeadStudy(ABC):
         return run
 
     def _key(self, what: str) -> str:
-        sparse = self.passes[0]
-        return f"heads/{hashlib.sha256(f'{sparse} {self.program.graph.fingerprint} {what}'.encode()).hexdigest()[:16]}"
+        """The journal's key of a measurement; ``what`` tells all that it depends on, but for weights and workload."""
+        return f"heads/{hashlib.sha256(f'{self.program.graph.fingerprint} {what}'.encode()).hexdigest()[:16]}"
 
     def _notes(self, table: HeadTable, choice: Choice, predicted: Prediction, trial: Trial | None) -> dict[str, object]:
         """What the search knew, as plain JSON values."""
@@ -328,3 +352,8 @@ class HeadStudy(ABC):
             for phase in range(len(table.phases))
             for head, place in enumerate(table.places)
         ]
+
+
+def served(graphs: Served) -> str:
+    """Which graph serves which steps."""
+    return "; ".join(f"{first}-{last} {graph.fingerprint}" for first, last, graph in graphs)

@@ -10,6 +10,7 @@ from intarsia.ir.target import Target
 from intarsia.passes.attention_sites import why_none
 from intarsia.passes.base import Pass
 from intarsia.passes.sparse_attention import SparseAttention
+from intarsia.search.head_errors import Price
 from intarsia.search.head_exact import ExactStudy
 from intarsia.search.head_greedy import GreedyStudy
 from intarsia.search.head_settings import HeadSearch
@@ -35,6 +36,7 @@ def search_heads(
     budget: float | None = None,
     notations: Sequence[str] | None = None,
     progress: Progress | None = None,
+    price: Price | None = None,
 ) -> SearchResult:
     """The patterns of all heads that lose least within a budget, or that are cheapest within a goal.
 
@@ -42,18 +44,23 @@ def search_heads(
         program: The graph with its weights; on the meta device only with ``how.table``.
         passes: ``sparse-attention`` first; those behind it, such as ``fuse-heads``, run without a choice.
         workload: What errors and quality are measured on; None only with ``how.table``.
-        goal: Kept on validation noise; None where ``how`` gives a budget.
+        goal: Kept on validation noise, by a budget's choice too where both are given; None where ``how`` says it all.
+        price: Measured seconds of a call of attention; predicted ones otherwise.
         budget: Seconds after which the best plan so far is returned, marked as not complete.
 
     Raises:
         UsageError: Passes or goals that do not go together, or a budget below the cheapest patterns.
         Unsupported: No self-attention over video tokens.
-        QualityError: The goal is missed with every head dense.
+        QualityError: The goal is missed with every head dense, or by what the budget leads to.
     """
     if not passes or not isinstance(passes[0], SparseAttention):
         raise UsageError("strategy heads: the first --pass is sparse-attention; others may follow it")
-    if goal is None and not (how.density or how.seconds or how.epsilon):
+    if goal is None and not (how.bounded or how.epsilon):
         raise UsageError("strategy heads: give --quality, or a budget as heads(density=0.25) or heads(seconds=0.5)")
+    if how.table and not how.bounded:
+        raise UsageError(
+            f"strategy heads: {how} says nothing of quality; add density or seconds, which errors can meet"
+        )
     if effort not in EFFORTS:
         raise UsageError(f"effort {effort!r} is unknown. Known: {', '.join(EFFORTS)}")
     if program.is_meta and not how.table:
@@ -61,6 +68,11 @@ def search_heads(
     reason = why_none(program.graph) if not passes[0].tokens else None
     if reason:
         raise Unsupported(f"strategy heads: {reason}")
+    if not passes[0].choices(program.graph, target):
+        place, reason = next(iter(passes[0].refusals(program.graph, target).items()), ("", "no patterns are given"))
+        raise Unsupported(
+            f"strategy heads: {passes[0]} offers no head a pattern: {f'%{place}: ' * bool(place)}{reason}"
+        )
     told = Silent() if progress is None else progress
     kind = GreedyStudy if how.choose == "greedy" else ExactStudy
     study = kind(
@@ -75,5 +87,6 @@ def search_heads(
         Journal() if journal is None else journal,
         told,
         Deadline.after(budget),
+        price,
     )
     return study.result(tuple(notations or map(str, passes)))
