@@ -46,7 +46,10 @@ class GreedyStudy(HeadStudy):
                 best = (table, choice) if met else best
             self.facts["epsilon"] = digits(high if bounded else low)
         if best is None:
-            raise UsageError(f"strategy heads: no epsilon up to 1e4 keeps the budget; {self.how} asks for too little")
+            raise UsageError(
+                f"strategy heads: no epsilon keeps the budget of {self.how}: with the largest, heads cost "
+                f"{table.cost(choice):.4g} of {table.dense:.4g}; raise weight, which is cost's, or the budget"
+            )
         return self._kept_by_budget(*best) if bounded else best
 
     def _policy(self, epsilon: float) -> Decided:
