@@ -12,6 +12,7 @@ from pathlib import Path
 from intarsia.backends.writing import new_file
 from intarsia.report_charts import BarGroup, MetricRow, Trail, bars, bars_note, metric_row, trail
 from intarsia.report_facts import METRICS, Facts, figure, read_facts, timing
+from intarsia.report_heads import HeadsSection, heads_section
 from intarsia.report_map import Map, maps
 from intarsia.units import duration, growth, size, speed
 
@@ -81,6 +82,7 @@ class Page:
     phases: tuple[PhaseRow, ...]
     loop: str
     maps: tuple[Map, ...]
+    heads: HeadsSection | None
     trail: Trail | None
     command: str
     identity: tuple[tuple[str, str], ...]
@@ -107,6 +109,7 @@ def page_of(folder: Path) -> Page:
         phases=_phases(facts),
         loop=_loop(facts),
         maps=maps(facts.plan) if facts.plan else (),
+        heads=heads_section(facts.folder, facts.plan),
         trail=trail(facts.plan, facts.goal) if facts.plan else None,
         command=str(manifest["command"]),
         identity=(

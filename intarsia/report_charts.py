@@ -69,7 +69,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Trail:
-    """The plans that were measured end to end, over their size."""
+    """The plans that were measured end to end, over their size or what they compute."""
 
     note: str
     x_label: str
@@ -151,15 +151,20 @@ def bars_note(facts: Facts) -> str:
 
 
 def trail(plan: Plan, goal: Mapping[str, float]) -> Trail | None:
-    """The plans that the search measured, by their bytes and the first metric that was asked for."""
+    """The plans that the search measured, by the first metric that was asked for, over what they differ in.
+
+    That is the share of pairs that attention computes where the search noted it, else bytes, else seconds.
+    """
     found = plan.notes.get("tried")
     tried = [item for item in found if item.get("quality") and item.get("bytes")] if isinstance(found, list) else []
     if len(tried) < 2:
         return None
     metric = next(iter(goal), next(iter(tried[0]["quality"])))
-    points = [(float(item["bytes"]), float(item["quality"][metric]), item["margin"] >= 0) for item in tried]
+    key, label, word = _abscissa(tried)
+    points = [(float(item[key]), float(item["quality"][metric]), item["margin"] >= 0) for item in tried]
     good = [index for index, (_, _, met) in enumerate(points) if met]
-    chosen = max(good, key=lambda index: float(tried[index]["error"]), default=-1)
+    largest = max(good, key=lambda index: float(tried[index]["error"]), default=-1)
+    chosen = next((index for index in good if tried[index]["quality"] == plan.notes.get("quality")), largest)
     bound = goal.get(metric)
     x_low, x_high = _range(x for x, _, _ in points)
     y_low, y_high = _range([*(y for _, y, _ in points), *([bound] if bound is not None else [])])
@@ -172,20 +177,30 @@ def trail(plan: Plan, goal: Mapping[str, float]) -> Trail | None:
 
     name = METRICS.get(metric, metric)
     return Trail(
-        note=(
-            f"{len(points)} plans, each run whole on validation noise. A plan meets the goal (darker dot) when the "
-            "mean less one standard error does; the large dot was chosen."
-        ),
-        x_label="bytes of weights",
+        note=f"{len(points)} plans, each run whole on validation noise. {'' if bound is None else _MET}"
+        "The large dot was chosen.",
+        x_label=label,
         y_label=name,
-        x_ticks=tuple(Tick(across(x), size(x)) for x in _ticks(x_low, x_high)),
+        x_ticks=tuple(Tick(across(x), word(x)) for x in _ticks(x_low, x_high)),
         y_ticks=tuple(Tick(down(y), f"{y:.3g}") for y in _ticks(y_low, y_high)),
         goal=None if bound is None else down(bound),
         dots=tuple(
-            Dot(across(x), down(y), met, index == chosen, f"{size(x)}, {figure(metric, y)}")
+            Dot(across(x), down(y), met, index == chosen, f"{word(x)}, {figure(metric, y)}")
             for index, (x, y, met) in enumerate(points)
         ),
     )
+
+
+_MET = "A plan meets the goal (darker dot) when the mean less one standard error does. "
+
+
+def _abscissa(tried: Sequence[Mapping[str, Any]]) -> tuple[str, str, Callable[[float], str]]:
+    """What measured plans are drawn over: its key in the notes, what it is called, and how it is written."""
+    if all("density" in item for item in tried):
+        return "density", "share of pairs that attention computes", "{:.1%}".format
+    if len({item["bytes"] for item in tried}) > 1:
+        return "bytes", "bytes of weights", size
+    return "seconds", "seconds a call, predicted", duration
 
 
 def _range(numbers: Iterable[float]) -> tuple[float, float]:

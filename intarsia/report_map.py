@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.spec import Spec
+from intarsia.report_heads import is_of_heads
 from intarsia.search.explain import noted, why
 from intarsia.search.weighed import Weighed
 from intarsia.units import duration, size
@@ -79,13 +80,13 @@ class Map:
 
 
 def maps(plan: Plan) -> tuple[Map, ...]:
-    """One map for each pass that had something to decide."""
+    """One map for each pass that had something to decide, but for heads, which have maps of their own."""
     many = len(plan.phases) > 1
     return tuple(
         _map(plan, step, options, _refused(plan, number, phase), _phase_text(at, phase) if many else "")
         for phase, at in enumerate(plan.phases)
         for number, step in enumerate(at.steps)
-        if (options := _options(plan, number, phase)) or step.chosen
+        if not is_of_heads(step) and ((options := _options(plan, number, phase)) or step.chosen)
     )
 
 

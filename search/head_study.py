@@ -326,11 +326,16 @@ class HeadStudy(ABC):
             "density": digits(density.cost(choice)),
             "error": digits(table.error(choice)),
             "quality": trial.to_json()["quality"] if trial else None,
-            "tried": [one.to_json() for one in self.trials],
+            "tried": [{**one.to_json(), "density": digits(self._density(one, density.costs))} for one in self.trials],
             "places": self._place_notes(table) if choice.size <= NOTED else [],
             "refused": [{"step": step, "place": place, "why": why} for step, place, why in refused],
             **self.facts,
         }
+
+    def _density(self, trial: Trial, costs: Floats) -> float:
+        """The share of pairs that was computed, in the mean over heads and steps."""
+        table, choice = self._by_selection[trial.selection]
+        return replace(table, costs=costs).cost(choice)
 
     def _place_notes(self, table: HeadTable) -> list[dict[str, object]]:
         seconds = self.heads.costs("seconds")
