@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import fsum
 
@@ -109,13 +113,14 @@ def _highs(
     owner = np.repeat(np.arange(len(kept)), sizes)
     one_each = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
     limits = [LinearConstraint(coefficients[None, :], ub=limit) for coefficients, limit in rows]
-    answer = milp(
-        objective * 1e4,  # HiGHS stops within 1e-6 of the best objective
-        integrality=np.ones(len(owner)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), *limits],
-        options={"mip_rel_gap": 0},
-    )
+    with _printing_to_stderr():
+        answer = milp(
+            objective * 1e4,  # HiGHS stops within 1e-6 of the best objective
+            integrality=np.ones(len(owner)),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), *limits],
+            options={"mip_rel_gap": 0},
+        )
     if answer.x is None:
         return None
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -123,6 +128,20 @@ def _highs(
         numbers[int(np.argmax(answer.x[start : start + len(numbers)]))]
         for numbers, start in zip(kept, starts, strict=True)
     )
+
+
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """What native code prints goes to standard error: HiGHS has lines that no option silences."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _ordered(places: Sequence[Sequence[Option]], selection: Selection) -> Selection:
