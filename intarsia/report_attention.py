@@ -138,12 +138,13 @@ def spread(values: Sequence[Any], most: int) -> list[Any]:
 
 
 def short_names(sites: Iterable[str]) -> tuple[str, ...]:
-    """What tells attentions apart: their names without the parts that all end in."""
+    """What tells attentions apart: their names without the parts that all end in; numbers stay."""
     parts = [site.split(".") for site in sites]
     common = 0
-    while (
-        len(parts) > 1 and all(len(name) > common + 1 for name in parts) and len({n[-1 - common] for n in parts}) == 1
-    ):
+    while len(parts) > 1 and min(map(len, parts)) > common + 1:
+        ends = {name[-1 - common] for name in parts}
+        if len(ends) > 1 or ends.pop().isdigit():
+            break
         common += 1
     return tuple(".".join(name[: len(name) - common]) for name in parts)
 
