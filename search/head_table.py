@@ -76,7 +76,8 @@ class HeadTable:
         weight = self.lengths / self.lengths.sum()
         costs = np.broadcast_to(self.costs, self.errors.shape) * weight[:, None, None]
         costs = np.where(np.isfinite(self.errors), costs, np.inf).reshape(-1, options)
-        if costs.min(axis=1).sum() > budget * (1 + 1e-9):
+        budget *= 1 + 1e-9  # a budget that is just what a choice costs lets it through, however its costs add up
+        if costs.min(axis=1).sum() > budget:
             raise UsageError(
                 f"attention at a budget of {budget:.4g}: the cheapest patterns of all heads cost "
                 f"{self.cheapest:.4g} of {self.dense:.4g}; offer cheaper patterns or raise the budget"
