@@ -23,6 +23,7 @@ from intarsia.ir.graph import Graph, Node, Ref
 from intarsia.kernels.block_sparse_attention.order import TokenOrder
 from intarsia.kernels.block_sparse_attention.table import BlockTable
 from intarsia.passes.sparse_attention import OP, SKIP, groups_of
+from intarsia.search.work import weight_bytes
 
 PARTS = 96
 """Parts, at most, into which tokens are pooled along each axis."""
@@ -165,7 +166,7 @@ def why_not_run(variant: Variant) -> str:
     largest = max((count for count in tokens if isinstance(count, int)), default=0)
     if largest > TOKENS:
         return f"the program has {largest:,} tokens, and its slow reference is run for up to {TOKENS:,} only"
-    held = sum(value.type.bytes() for value in graph.params)
+    held = weight_bytes(graph)
     if held > WEIGHTS:
         most = f"{WEIGHTS / 1e9:.0f} GB"
         return f"the program's weights take {held / 1e9:.1f} GB, and its slow reference is run for up to {most} only"
@@ -257,7 +258,7 @@ def _computed(node: Node, rows: Tensor, keys: int) -> Floats:
     places = np.arange(keys) if order is None else TokenOrder.parse(str(order)).inverse()
     asked = rows.numpy() if order is None else places[rows.numpy()]
     blocks = BlockTable.parse(str(node.args["blocks"])).blocks()[asked // block_q]
-    return blocks[:, places // block_k].astype(np.float64)
+    return np.asarray(blocks[:, places // block_k], dtype=np.float64)
 
 
 def _pooled(pairs: Floats, parts: int) -> Floats:
@@ -313,7 +314,7 @@ def _levels(one: HeadMap) -> NDArray[np.uint8]:
     even = np.log10(np.maximum(one.weights / max(one.weights.mean(), 1e-300), 1e-9))
     level = np.clip((even + 2) / (2 + np.log10(parts)), 0, 1) * (LEVELS - 1)
     share = one.computed * (SHARES - 1)
-    return (share.round() * LEVELS + level.round()).astype(np.uint8)
+    return np.asarray(share.round() * LEVELS + level.round(), dtype=np.uint8)
 
 
 def _palette() -> list[int]:
