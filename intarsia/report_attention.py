@@ -123,7 +123,7 @@ def attention_phases(
         try:
             found = head_maps(variant, {site: options[variant.phase][site] for site in sites})
         except (Unsupported, InvalidGraph, QualityError, MissingEnvironment) as error:
-            return (), "", str(error)
+            return (), "", str(error).replace(str(bundle.folder), bundle.folder.name)
         strips = (strip(names[site], maps, options[variant.phase][site]) for site, maps in found.items())
         title_ = title(bundle.phases, variant.phase) if bundle.phases else "all steps"
         drawn.append(AttentionPhase(title_, tuple(strips)))

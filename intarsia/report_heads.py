@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from intarsia.backends.bundle import Bundle, load_bundle
 from intarsia.ir.errors import QualityError, SpecError, UsageError
@@ -28,6 +29,10 @@ WIDE = 24
 
 TOLD = 4000
 """Cells up to which each tells why its pattern was chosen."""
+
+
+_WITH_NUMBERS = "a number is the share of pairs computed, in percent; the denser, the stronger a colour."
+_WITHOUT_NUMBERS = "the denser, the stronger a colour."
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,14 @@ class HeadsSection:
     """All that a page says of sparse attention.
 
     Attributes:
+        key: How the maps of modes are read.
         why_no_maps: Why there are no attention maps; empty where there are.
     """
 
     strategy: str
     sentences: tuple[str, ...]
     modes: tuple[Mode, ...]
+    key: str
     grids: tuple[ModeGrid, ...]
     attention: tuple[AttentionPhase, ...]
     attention_note: str
@@ -114,6 +121,7 @@ def heads_section(folder: Path, plan: Plan | None) -> HeadsSection | None:
         strategy=_strategy(plan),
         sentences=tuple(_sentences(plan, phases)),
         modes=_modes(phases),
+        key=_WITH_NUMBERS if max(map(len, phases[0].values())) <= WIDE else _WITHOUT_NUMBERS,
         grids=tuple(_grid(plan, number, options, told=not many) for number, options in enumerate(phases)),
         attention=tuple(drawn),
         attention_note=note,
@@ -144,14 +152,15 @@ def _bundle(folder: Path) -> tuple[Bundle | None, str]:
         for variant in bundle.variants:
             _ = variant.graph
     except (UsageError, QualityError) as error:
-        return None, str(error)
+        return None, str(error).replace(str(folder), folder.name)
     return bundle, ""
 
 
 def _counts(plan: Plan, graphs: Sequence[Graph]) -> dict[str, int]:
     """How many heads each attention has: as many as plan and notes name, or as the graphs still compute and skip."""
+    entries = cast("list[dict[str, str]]", plan.notes.get("places", []))
     places = [place for phase in plan.phases for step in phase.steps if is_of_heads(step) for place in step.chosen]
-    places += [place for number in range(len(plan.phases)) for _, place in noted(plan, number) if "#" in place]
+    places += [entry["place"] for entry in entries if "#" in entry["place"]]
     found: dict[str, int] = {}
     for place in places:
         found[site_of(place)] = max(found.get(site_of(place), 0), int(place.rpartition("#")[2]) + 1)
@@ -206,7 +215,7 @@ def _sentences(plan: Plan, phases: Sequence[Mapping[str, Sequence[str]]]) -> Ite
         yield (
             "No other choice within the budget has a smaller sum of errors."
             if gap == 0
-            else f"No other choice within the budget has a sum of errors that is smaller by more than {gap:.2%}."
+            else f"No other choice within the budget has a sum of errors that is smaller by more than {100 * gap:.2g}%."
         )
     transfer = plan.notes.get("transfer")
     if isinstance(transfer, dict):
@@ -236,7 +245,7 @@ def _tone(mode: str) -> int:
 
 def _grid(plan: Plan, phase: int, sites: Mapping[str, Sequence[str]], *, told: bool) -> ModeGrid:
     heads = max(map(len, sites.values()))
-    width, height = (36, 20) if heads <= WIDE else (20, 14)
+    width, height = (36, 20) if heads <= WIDE else (10, 12)
     names = short_names(sites)
     left, top = 12 + 7 * max(map(len, names)), 20
     weighed = {place: options for (_, place), options in noted(plan, phase).items()} if told else {}
