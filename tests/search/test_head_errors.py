@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from intarsia.flow import trace
 from intarsia.ir.graph import Graph
-from intarsia.ir.program import Program, example_inputs, materialize
+from intarsia.ir.program import Program, materialize
 from intarsia.ir.target import load_target
 from intarsia.passes.patterns.base import find_pattern
 from intarsia.passes.patterns.vertical_stripe import VerticalStripe
@@ -255,30 +254,39 @@ def test_rows_are_those_that_the_operator_gives(option: str, lengths: str, count
         assert torch.allclose(found, expected[:, head, rows], atol=1e-5)
 
 
-def test_lengths_that_nothing_behind_needs_are_kept_for_the_patterns() -> None:
-    """A mask is made of lengths long before the attention that they stand for."""
-    program = materialize(trace("hunyuanvideo-mini"))
-    heads = heads_of(program, SparseAttention(patterns=(SKIP, "diagonal(density=0.9)")))
-    assert {site.lengths for site in heads.sites} != {None}
-    inputs = example_inputs(program.graph)
-    seen: list[Tensor] = []
+MASKED = """
+  %keys: i64[48] = aten.arange(end=48)
+  %row: i64[1, 48] = aten.unsqueeze(self=%keys, dim=0)
+  %column: i64[2, 1] = aten.unsqueeze(self=%ends, dim=1)
+  %below: b1[2, 48] = aten.lt.Tensor(self=%row, other=%column)
+  %mask: b1[2, 1, 1, 48] = aten.view(self=%below, size=[2, 1, 1, 48])
+  %y: f32[2, 2, 48, 4] = aten.scaled_dot_product_attention(query=%q, key=%q, value=%q, attn_mask=%mask)
+"""
+
+
+def test_lengths_that_only_a_mask_was_made_of_are_kept_for_the_patterns() -> None:
+    call = "  %y: f32[2, 2, 48, 4] = intarsia.attention(query=%q, key=%q, value=%q, lengths=%ends, scale=0.7)\n"
+    text = HEADS.format(lengths="%ends", scale="0.7").replace(call, MASKED.lstrip("\n"))
+    program = Program(Graph.parse(text), {})
+    heads = heads_of(program, SparseAttention(block=16, tokens="tokens(frames=3, height=4, width=4)"))
+    (site,) = heads.sites
+    assert site.lengths == "ends"
+    inputs = (torch.randn(2, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([40, 20]))
 
     def answer(site, tables):
-        (table,) = tables
-        rows = torch.arange(site.layout.tokens)
-        parts = [heads.result(site, head, DENSE, table, rows=rows) for head in range(site.heads)]
-        seen.append(table[site.lengths])
+        rows = torch.arange(48)
+        parts = [heads.result(site, head, DENSE, tables[0], rows=rows) for head in range(2)]
         return [torch.stack(parts, dim=2).transpose(1, 2)]
 
-    with torch.no_grad():
-        (found,) = walk(program, [inputs], heads.sites, answer)
-        assert torch.allclose(found, program.module()(*inputs)[0], atol=1e-4)
-    assert all(len(lengths) == len(inputs[0]) for lengths in seen)
-    mass = column_mass(program, [inputs], heads)
-    for site, lengths in zip(heads.sites, seen, strict=True):
-        beyond = int(lengths.max())
-        assert mass[site.name][:, beyond:].sum() == 0
-        assert torch.allclose(mass[site.name].sum(1), torch.ones(site.heads), atol=1e-5)
+    (found,) = walk(program, [inputs], heads.sites, answer)
+    assert torch.allclose(found, program.module()(*inputs)[0], atol=1e-5)
+    mass = column_mass(program, [inputs], heads)["y"]
+    assert torch.allclose(mass.sum(1), torch.ones(2))
+    assert mass[:, 41:].sum() == 0
+    assert mass[:, 21:41].min() > 0
+    assert mass[:, 21:].sum() < mass[:, :21].sum()
+    shorter = column_mass(program, [(inputs[0], torch.tensor([19, 19]))], heads)["y"]
+    assert shorter[:, 20:].sum() == 0
 
 
 def test_walking_calls_side_by_side_gives_what_each_gives_alone(denoiser: Program) -> None:
