@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +182,7 @@ def explained(explanation: Explanation, place: str | None) -> tuple[dict[str, ob
     assert isinstance(every, list)
     data["rows"] = [row for row in every if row["place"] in wanted]
     if place is None:
-        told = [(str(row.phase), _steps(row), row.place, row.chosen or "not offered", row.why) for row in rows]
+        told = [(str(row.phase), _steps(row), name, row.chosen or "not offered", row.why) for name, row in _alike(rows)]
         columns = ("phase", "steps", "place", "chosen", "why")
         first = 0 if many else 2
         return data, [table(columns[first:], [row[first:] for row in told])]
@@ -189,6 +190,19 @@ def explained(explanation: Explanation, place: str | None) -> tuple[dict[str, ob
     for row in rows:
         lines += [*([f"phase {row.phase}, steps {_steps(row)}"] if many else []), *_options(row)]
     return data, lines
+
+
+def _alike(rows: Sequence[Row]) -> Iterator[tuple[str, Row]]:
+    """Places with their rows; neighbouring heads of which the same is to be said as one, ``blocks.3.y#0 to #7``."""
+
+    def said(row: Row) -> tuple[object, ...]:
+        site, of_heads, _ = row.place.partition("#")
+        return (site, row.phase, row.chosen, row.why) if of_heads else (row.place, row.phase)
+
+    for _, group in groupby(rows, said):
+        alike = list(group)
+        last = alike[-1].place.rpartition("#")[2]
+        yield alike[0].place + (f" to #{last}" if len(alike) > 1 else ""), alike[0]
 
 
 def _steps(row: Row) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from rich.table import Table
 
 from intarsia.ir.errors import PlanError
 from intarsia.ir.graph import Graph
@@ -128,6 +129,15 @@ def test_the_next_cheaper_pattern_is_the_best_of_those_that_cost_alike():
     assert "next, b would save 301 us at 15.0%" in why_head(
         (DENSE, STRIPE, quarter, other, SKIP), STRIPE.option, Bargains(0.1)
     )
+
+
+def test_heads_of_which_the_same_is_to_be_said_are_one_line():
+    explanation = explain(plan((0, None, {HEADS[3]: "skip"})), GRAPH, CPU)
+    told = explained(explanation, None)
+    assert told is not None
+    (listed,) = told[1]
+    assert isinstance(listed, Table)
+    assert list(listed.columns[0].cells) == ["blocks.0.y#0 to #1", "blocks.1.y#0", "blocks.1.y#1"]
 
 
 def test_a_layer_stands_for_its_heads_and_a_head_for_itself():
