@@ -225,11 +225,18 @@ def walk(program: Program, batches: Sequence[Batch], sites: Sequence[Site], answ
                 table[node.name] = found
         else:
             for table in tables:
-                table.update(zip((value.name for value in node.outputs), call(node, table), strict=True))
+                table.update(zip((value.name for value in node.outputs), _differentiable(node, table), strict=True))
         for table in tables:
             for name in dead:
                 table.pop(name, None)
     return [table[graph.outputs[0]] for table in tables]
+
+
+def _differentiable(node: Node, table: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the call gives; a functional copy, which PyTorch cannot differentiate, as the cast that it is."""
+    if node.op == "aten.copy":
+        return (table[node.ref("src")].to(table[node.ref("self")].dtype).expand_as(table[node.ref("self")]),)
+    return call(node, table)
 
 
 def _with_last_uses(graph: Graph, *, kept: Sequence[str]) -> Iterator[tuple[Node, Sequence[str]]]:

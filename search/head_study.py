@@ -37,6 +37,9 @@ from intarsia.search.workload import Loop, Run, Workload
 NOTED = 20_000
 """Heads times phases up to which a plan tells what every option would lose and cost."""
 
+SLOW_START = 1.5
+"""Power by which phases grow longer along the loop; 1 would make all of a length."""
+
 Decided = tuple[HeadTable, Choice]
 """What was known, and what each head does in each phase."""
 
@@ -114,7 +117,11 @@ class HeadStudy(ABC):
         """First and last step of every phase."""
         steps = self.steps
         count = min(self.how.phases or steps, steps)
-        borders = [steps * number // count for number in range(count + 1)]
+        borders = [0]
+        for number in range(1, count + 1):
+            # Steps at the beginning place what the video shows; their phases are the shortest.
+            wanted = round(steps * (number / count) ** SLOW_START)
+            borders.append(min(max(wanted, borders[-1] + 1), steps - count + number))
         return tuple((first, end - 1) for first, end in pairwise(borders))
 
     @cached_property

@@ -69,10 +69,8 @@ def search_heads(
     if reason:
         raise Unsupported(f"strategy heads: {reason}")
     if not passes[0].choices(program.graph, target):
-        place, reason = next(iter(passes[0].refusals(program.graph, target).items()), ("", "no patterns are given"))
-        raise Unsupported(
-            f"strategy heads: {passes[0]} offers no head a pattern: {f'%{place}: ' * bool(place)}{reason}"
-        )
+        place, why = next(iter(passes[0].refusals(program.graph, target).items()))
+        raise Unsupported(f"strategy heads: {passes[0]} offers no head a pattern; the first, %{place}: {why}")
     told = Silent() if progress is None else progress
     kind = GreedyStudy if how.choose == "greedy" else ExactStudy
     study = kind(
