@@ -18,7 +18,8 @@ class HeadSearch:
     Attributes:
         choose: ``exact``: errors of the whole answer for every head, option and phase, and an integer program.
             ``greedy``: Sparse-vDiT's algorithm 1, closed loop, head by head.
-        phases: Into how many ranges the steps are cut, the first the shortest, each with patterns of its own; 0 for every step.
+        phases: Into how many ranges the steps are cut, the first the shortest, each with patterns of its own; 0 for
+            every step.
         density: Share of all pairs of queries and keys that may be computed, in the mean over heads and steps; 0 if
             time or quality decides.
         seconds: Predicted time of one call, in the mean over steps, that may be taken; 0 if density or quality decides.
