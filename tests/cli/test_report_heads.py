@@ -25,21 +25,11 @@ from intarsia.passes.patterns.base import find_pattern
 from intarsia.passes.patterns.masks import Mask
 from intarsia.passes.patterns.pictures import token_shares
 from intarsia.report import page_of, render
-from intarsia.report_attention import (
-    EMPTY,
-    LEVELS,
-    SHARES,
-    HeadMap,
-    head_maps,
-    parts_of,
-    short,
-    short_names,
-    spread,
-    strip,
-    why_not_run,
-)
+from intarsia.report_attention import head_maps, parts_of, short_names, spread, why_not_run
 from intarsia.report_charts import trail
-from intarsia.report_heads import HeadsSection, density_of, heads_section, mode_of
+from intarsia.report_heads import HeadsSection, heads_section
+from intarsia.report_modes import density_of, mode_of
+from intarsia.report_strips import EMPTY, LEVELS, SHARES, HeadMap, short, strip
 
 RUN = "sparse-attention(tokens='tokens(frames=8, height=8, width=8)')"
 LAYOUT = TokenLayout(8, 8, 8)
@@ -187,6 +177,14 @@ def test_cells_tell_why_where_a_search_noted_it(bundle: Path):
     )
 
 
+def test_notes_of_other_passes_and_of_other_choices_are_left_out(bundle: Path):
+    listed = [{"option": o, "error": 0.0, "seconds": 0.0, "bytes": 0} for o in ("dense", "radial")]
+    noted = [{"step": 0, "place": "blocks.0.y#0", "options": listed}, {"step": 1, "place": "linear", "options": []}]
+    found = heads_section(bundle, plan(fuse=True, places=noted))
+    assert found is not None
+    assert found.grids[0].cells[0].text == f"blocks.0.y#0: {DIAGONAL}"
+
+
 def test_a_bundle_that_is_too_large_to_run_says_so_in_place_of_maps(bundle: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(report_attention, "TOKENS", 256)
     found = section(bundle)
@@ -210,6 +208,17 @@ def test_large_models_are_drawn_in_part_and_the_caption_says_so(bundle: Path, mo
     assert [len(strip.labels) for strip in found.attention[0].strips] == [2, 2]
     assert spread(list(range(40)), 12)[:3] == [0, 4, 7]
     assert (spread(list(range(40)), 12)[-1], len(spread(list(range(40)), 12))) == (39, 12)
+
+
+def test_heads_that_nothing_names_are_counted_in_the_graph(model: Path, tmp_path: Path):
+    steps = (Step(RUN, {"blocks.0.y#0": "skip"}), Step("fuse-heads"))
+    skipping = Plan(Graph.parse(GRAPH).fingerprint, "null", (Phase(steps),))
+    flow.export(model, skipping, backends=("null",), target="null", output=tmp_path / "out", effort="quick")
+    found = section(tmp_path / "out")
+    assert [cell.text for cell in found.grids[0].cells] == [
+        "blocks.0.y#0: skip", "blocks.0.y#1: dense", "blocks.0.y#2: dense", "blocks.0.y#3: dense",
+    ]  # fmt: skip
+    assert [label.kept for label in found.attention[0].strips[0].labels] == ["", *["keeps 100%"] * 3]
 
 
 def test_a_plan_whose_files_are_gone_has_modes_and_no_maps(bundle: Path, tmp_path: Path):
