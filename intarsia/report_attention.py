@@ -98,9 +98,7 @@ def short_names(sites: Iterable[str]) -> tuple[str, ...]:
 def group_calls(graph: Graph, site: str) -> tuple[Node, ...]:
     """The calls of attention that stand at a site after ``sparse-attention``, one for each group of heads, in order."""
     return tuple(
-        node
-        for node in graph.nodes
-        if (node.name == site or node.name.startswith(f"{site}.part")) and node.args.keys() >= {"query", "key"}
+        node for node in graph.nodes if node.args.keys() >= {"query", "key"} and f"{node.name}.".startswith(f"{site}.")
     )
 
 
