@@ -88,7 +88,8 @@ class SparseAttention(Pass):
         for site in self.sites(graph):
             reasons = [self._why_not(site, text, graph, target) for text in self.patterns]
             if None not in reasons:
-                found |= dict.fromkeys(places(site), "; ".join(dict.fromkeys(map(str, reasons))))
+                reason = "; ".join(dict.fromkeys(map(str, reasons))) or "no patterns are given"
+                found |= dict.fromkeys(places(site), reason)
         return found
 
     def unlisted(self, graph: Graph, target: Target, chosen: Chosen) -> dict[str, str]:
