@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from intarsia import flow
+from intarsia import subject as subjects
 from intarsia.ir.errors import QualityError, SpecError, Unsupported, UsageError
 from intarsia.ir.graph import Graph, Node, Ref
 from intarsia.ir.plan import Chosen, Plan
@@ -21,8 +23,11 @@ from intarsia.ir.program import Program, materialize, meta_weights
 from intarsia.ir.rewrite import rewrite
 from intarsia.ir.spec import Spec, construct
 from intarsia.ir.target import Target, load_target
+from intarsia.models import base as models
+from intarsia.models import wan
+from intarsia.models.sampler import FlowMatchEuler, noise
 from intarsia.passes.apply import apply
-from intarsia.passes.base import Pass
+from intarsia.passes.base import Pass, find_pass
 from intarsia.passes.fuse_heads import FuseHeads
 from intarsia.passes.quantize_linear import QuantizeLinear
 from intarsia.passes.sparse_attention import SparseAttention
@@ -574,3 +579,116 @@ def test_a_model_whose_heads_take_no_pattern_is_refused_with_the_reason(run, pro
         run(density=0.5, passes=(SparseAttention(block=16, patterns=("diagonal(density=0.01)",)),))
     with pytest.raises(Unsupported, match=r"offers no head a pattern.*: no patterns are given"):
         run(density=0.5, passes=(SparseAttention(block=16, patterns=()),))
+
+
+SAMPLER = FlowMatchEuler(steps=3, shift=3.0, guidance=3.0)
+WHOLE = wan.wan_mini
+
+
+def first_block() -> models.Model:
+    """wan-mini cut down to its first block, for videos of two small frames: 2 x 4 x 4 tokens."""
+    whole = WHOLE()
+
+    def build() -> nn.Module:
+        module = whole.build()
+        module.blocks = module.blocks[:1]
+        return module
+
+    def inputs() -> dict[str, Tensor]:
+        video = noise((3, 2, 16, 16), seed=0, count=2).to(torch.get_default_device())
+        return {**whole.inputs(), "hidden_states": video}
+
+    return replace(whole, build=build, inputs=inputs, weights=None, sampler=SAMPLER)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """wan-mini is its first block, and splits are of two videos."""
+    monkeypatch.setattr(wan, "wan_mini", first_block)
+    monkeypatch.setitem(subjects.SAMPLES, "quick", {"calibration": 2, "validation": 2, "held-out": 2})  # type: ignore[arg-type]
+    monkeypatch.setenv("INTARSIA_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_samplers_loop_records_runs_side_by_side_and_switches_by_step() -> None:
+    subject = subjects.resolve("wan-mini")
+    work = subjects.workload(subject, seed=0, effort="quick", progress=Silent(), record=False)
+    assert work.calibration == ()
+    loop = work.loop
+    assert loop is not None
+    assert loop.steps == 3
+    module, seen = subject.program.module(), []
+
+    def watched(*inputs: Tensor) -> tuple[Tensor, ...]:
+        seen.append(inputs)
+        with torch.no_grad():
+            return tuple(module(*inputs))
+
+    whole = work.outputs(watched, "validation", Silent())
+    assert len(seen) == 6
+    recorded = loop.record("validation", [2, 0], Silent())
+    for calls, step in zip(recorded, (2, 0), strict=True):
+        assert len(calls) == 2
+        for number, call in enumerate(calls):
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(call, seen[3 * number + step], strict=True))
+    with torch.no_grad():
+        side_by_side = loop.together(lambda calls: [module(*inputs)[0] for inputs in calls], "validation", Silent())
+    assert torch.allclose(side_by_side, whole, atol=1e-5)
+    rows = module(*seen[0])[0]
+    assert torch.allclose(loop.guide(rows), rows[1:] + 3.0 * (rows[:1] - rows[1:]), atol=1e-5)
+    told: list[str] = []
+
+    def told_by(name: str) -> Callable[..., tuple[Tensor, ...]]:
+        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+            told.append(name)
+            return watched(*inputs)
+
+        return run
+
+    by_step = loop.by_step([(0, 0, told_by("early")), (1, 2, told_by("late"))])
+    assert torch.equal(work.outputs(by_step, "validation", Silent()), whole)
+    assert told == ["early", "late", "late"] * 2
+
+
+HEADS = "sparse-attention(block=16, patterns=('skip', 'diagonal(density=0.5)'))"
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("strategy", ["heads(density=0.5, phases=2)", "heads(choose='greedy', density=0.6, weight=3)"])
+def test_a_registered_model_is_searched_by_its_sampler(strategy: str) -> None:
+    found = flow.search("wan-mini", target="cpu-avx2", passes=(HEADS,), strategy=strategy, effort="quick")
+    assert found.complete
+    assert found.quality is not None
+    assert set(found.quality.metrics) == {"psnr", "ssim", "motion_psnr"}
+    assert found.plan.notes["density"] <= 0.6
+    again = flow.search("wan-mini", target="cpu-avx2", passes=(HEADS,), strategy=strategy, effort="quick")
+    assert again.plan.to_json() == found.plan.to_json()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_graph_whose_batch_has_a_name_is_searched_with_the_size_of_its_calls() -> None:
+    subject = subjects.resolve("wan-mini", dynamic=subjects.dynamic_axes("wan-mini", ["batch"]))
+    assert subject.program.graph.sizes
+    found = flow.search(
+        subject, target="cpu-avx2", passes=(HEADS,), strategy="heads(density=0.5, phases=1)", effort="quick"
+    )
+    assert found.complete
+    assert found.predicted.seconds < found.baseline.seconds
+
+
+@pytest.mark.usefixtures("small")
+def test_a_table_needs_no_weights_and_takes_the_samplers_steps(tmp_path: Path) -> None:
+    subject = subjects.resolve("wan-mini", meta=True)
+    heads = Heads.of(find_pass(HEADS), subject.program.graph, CPU, {})  # type: ignore[arg-type]
+    errors = np.ones((3, len(heads.places), heads.width), np.float32)
+    errors[:, :, 0] = 0
+    path = tmp_path / "t.safetensors"
+    save_file({"errors": errors}, path)
+    strategy = f"heads(density=0.5, table={str(path)!r})"
+    found = flow.search("wan-mini", target="cpu-avx2", passes=(HEADS,), strategy=strategy)
+    assert found.complete
+    assert found.quality is None
+    assert found.plan.notes["density"] <= 0.5
+    with pytest.raises(UsageError, match="says nothing of quality"):
+        flow.search("wan-mini", target="cpu-avx2", passes=(HEADS,), strategy=strategy.replace("density=0.5, ", ""),
+                    quality="psnr>=30")  # fmt: skip
