@@ -141,7 +141,8 @@ def search(
             progress=progress,
         )
     if fail_on_no_gain and result.gain <= 0:
-        raise NoGain(f"{subject.name}: no plan on {target} is better than the unchanged model within {quality}")
+        within = quality or strategy
+        raise NoGain(f"{subject.name}: no plan on {target} is better than the unchanged model within {within}")
     return result
 
 

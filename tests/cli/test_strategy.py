@@ -110,6 +110,11 @@ def test_a_strategy_that_cannot_be_is_one_line(layer: Path, intarsia: Run, strat
     failed(intarsia("search", layer, *MACHINE, *PASS, "--strategy", strategy, "-o", "plan.json"), 2, *said)
 
 
+def test_a_budget_that_leaves_all_dense_is_no_gain_and_is_named(layer: Path, intarsia: Run) -> None:
+    words = ("--strategy", "heads(density=1.0)", "--effort", "quick", "--fail-on-no-gain", "-o", "plan.json")
+    failed(intarsia("search", layer, *MACHINE, *PASS, *words), 5, "unchanged model within heads(density=1.0)")
+
+
 def test_an_unknown_strategy_is_told_before_the_model_is_traced(intarsia: Run) -> None:
     words = ("search", "wan-mini", *MACHINE, "--quality", "psnr>=30", "--strategy", "nonsense", "-o", "plan.json")
     failed(intarsia(*words), 2, "--strategy 'nonsense' is unknown")
