@@ -317,7 +317,7 @@ def test_what_other_noise_would_have_chosen_is_measured_and_noted(run) -> None:
 
 
 def test_phases_cover_the_loop_and_those_that_decide_alike_are_one(run) -> None:
-    for phases in (0, 1, 2, 3, 9):
+    for phases in (0, 2, 9):
         plan = run(density=0.5, phases=phases, transfer=False, probes=1).plan
         ends = [(phase.first, phase.last) for phase in plan.phases]
         assert ends[0][0] == 0
@@ -372,7 +372,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("lines", [1, 4, 7])
+@pytest.mark.parametrize("lines", [1, 5])
 def test_a_search_that_was_killed_goes_on_and_ends_with_the_same_plan(
     run, denoising: Make, tmp_path: Path, way: str, lines: int
 ) -> None:
@@ -454,7 +454,7 @@ def test_whenever_the_time_is_spent_what_is_returned_keeps_the_goal_or_the_budge
     run(**options, phases=2, journal=Journal(), budget=10**6)
     checks = next(clock)
     useful = 0
-    for seconds in range(checks // 6, checks, checks // 6):
+    for seconds in range(checks // 4, checks, checks // 4):
         found = run(**options, phases=2, budget=seconds)
         assert not found.complete
         density = density_of(options_of(found), denoiser)
@@ -601,23 +601,23 @@ def first_block() -> models.Model:
     return replace(whole, build=build, inputs=inputs, weights=None, sampler=SAMPLER)
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """wan-mini is its first block, and splits are of two videos."""
-    monkeypatch.setattr(wan, "wan_mini", first_block)
-    monkeypatch.setitem(subjects.SAMPLES, "quick", {"calibration": 2, "validation": 2, "held-out": 2})  # type: ignore[arg-type]
-    monkeypatch.setenv("INTARSIA_CACHE_DIR", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subjects.Subject]:
+    """wan-mini, which is its first block as long as this lives, traced; splits are of two videos."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wan, "wan_mini", first_block)
+        patch.setitem(subjects.SAMPLES, "quick", {"calibration": 2, "validation": 2, "held-out": 2})  # type: ignore[arg-type]
+        patch.setenv("INTARSIA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield subjects.resolve("wan-mini")
 
 
-@pytest.mark.usefixtures("small")
-def test_a_samplers_loop_records_runs_side_by_side_and_switches_by_step() -> None:
-    subject = subjects.resolve("wan-mini")
-    work = subjects.workload(subject, seed=0, effort="quick", progress=Silent(), record=False)
+def test_a_samplers_loop_records_runs_side_by_side_and_switches_by_step(small: subjects.Subject) -> None:
+    work = subjects.workload(small, seed=0, effort="quick", progress=Silent(), record=False)
     assert work.calibration == ()
     loop = work.loop
     assert loop is not None
     assert loop.steps == 3
-    module, seen = subject.program.module(), []
+    module, seen = small.program.module(), []
 
     def watched(*inputs: Tensor) -> tuple[Tensor, ...]:
         seen.append(inputs)
@@ -653,15 +653,14 @@ def test_a_samplers_loop_records_runs_side_by_side_and_switches_by_step() -> Non
 HEADS = "sparse-attention(block=16, patterns=('skip', 'diagonal(density=0.5)'))"
 
 
-@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("strategy", ["heads(density=0.5, phases=2)", "heads(choose='greedy', density=0.6, weight=3)"])
-def test_a_registered_model_is_searched_by_its_sampler(strategy: str) -> None:
-    found = flow.search("wan-mini", target="cpu-avx2", passes=(HEADS,), strategy=strategy, effort="quick")
+def test_a_registered_model_is_searched_by_its_sampler(small: subjects.Subject, strategy: str) -> None:
+    found = flow.search(small, target="cpu-avx2", passes=(HEADS,), strategy=strategy, effort="quick")
     assert found.complete
     assert found.quality is not None
     assert set(found.quality.metrics) == {"psnr", "ssim", "motion_psnr"}
     assert found.plan.notes["density"] <= 0.6
-    again = flow.search("wan-mini", target="cpu-avx2", passes=(HEADS,), strategy=strategy, effort="quick")
+    again = flow.search(small, target="cpu-avx2", passes=(HEADS,), strategy=strategy, effort="quick")
     assert again.plan.to_json() == found.plan.to_json()
 
 
@@ -676,10 +675,8 @@ def test_a_graph_whose_batch_has_a_name_is_searched_with_the_size_of_its_calls()
     assert found.predicted.seconds < found.baseline.seconds
 
 
-@pytest.mark.usefixtures("small")
-def test_a_table_needs_no_weights_and_takes_the_samplers_steps(tmp_path: Path) -> None:
-    subject = subjects.resolve("wan-mini", meta=True)
-    heads = Heads.of(find_pass(HEADS), subject.program.graph, CPU, {})  # type: ignore[arg-type]
+def test_a_table_needs_no_weights_and_takes_the_samplers_steps(small: subjects.Subject, tmp_path: Path) -> None:
+    heads = Heads.of(find_pass(HEADS), small.program.graph, CPU, {})  # type: ignore[arg-type]
     errors = np.ones((3, len(heads.places), heads.width), np.float32)
     errors[:, :, 0] = 0
     path = tmp_path / "t.safetensors"
@@ -689,6 +686,3 @@ def test_a_table_needs_no_weights_and_takes_the_samplers_steps(tmp_path: Path) -
     assert found.complete
     assert found.quality is None
     assert found.plan.notes["density"] <= 0.5
-    with pytest.raises(UsageError, match="says nothing of quality"):
-        flow.search("wan-mini", target="cpu-avx2", passes=(HEADS,), strategy=strategy.replace("density=0.5, ", ""),
-                    quality="psnr>=30")  # fmt: skip
