@@ -29,6 +29,8 @@ OPERATORS: dict[str, str] = {
     "intarsia.attention": "intarsia.kernels.attention.op",
     "intarsia.block_sparse_attention": "intarsia.kernels.block_sparse_attention.op",
     "intarsia.integers": "intarsia.kernels.block_sparse_attention.op",
+    "intarsia.block_tables": "intarsia.kernels.block_sparse_attention.tables_op",
+    "intarsia.block_sparse_attention_tables": "intarsia.kernels.block_sparse_attention.tables_op",
     "intarsia.norm_rope": "intarsia.kernels.norm_rope.op",
     "intarsia.modulated_norm": "intarsia.kernels.modulated_norm.op",
     "intarsia.gated_residual": "intarsia.kernels.gated_residual.op",

@@ -12,12 +12,13 @@ from torch import Tensor
 from intarsia.ir.errors import SpecError
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.target import Target
-from intarsia.kernels import limits
+from intarsia.kernels import launch, limits
 from intarsia.kernels.attention.op import no_kernel, operands
 from intarsia.kernels.base import Work, moved_bytes
 from intarsia.kernels.block_sparse_attention import reference
 from intarsia.kernels.block_sparse_attention.order import TokenOrder
 from intarsia.kernels.block_sparse_attention.table import BlockTable
+from intarsia.kernels.block_sparse_attention.tables import tables_on
 
 OPS = ("intarsia.block_sparse_attention", "intarsia.integers")
 
@@ -68,6 +69,28 @@ def _(
     reason = _misfit(blocks, order, (int(tokens), int(key.shape[2])), (block_q, block_k))
     torch._check(reason is None, lambda: f"block_sparse_attention: {reason}")
     return query.new_empty((batch, tokens, heads, channels)).transpose(1, 2)
+
+
+@block_sparse_attention.register_kernel("cuda")
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    blocks: str,
+    order: str | None,
+    block_q: int,
+    block_k: int,
+    scale: float | None,
+) -> Tensor:
+    if reason := _misfit(blocks, order, (query.shape[2], key.shape[2]), (block_q, block_k)):
+        raise ValueError(f"block_sparse_attention: {reason}")
+    tables = tables_on(query.device, blocks, order, key.shape[2], block_k)
+    arrays = {**tables._asdict(), "tokens": None if order is None else tables.tokens}
+    attention = {"query": query, "key": key, "value": value, "lengths": lengths, "scale": scale}
+    return launch.run(
+        "intarsia.block_sparse_attention_tables", {**attention, **arrays, "block_q": block_q, "block_k": block_k}
+    )
 
 
 @torch.library.custom_op("intarsia::integers", mutates_args=())

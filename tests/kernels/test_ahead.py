@@ -31,6 +31,19 @@ PRODUCTS = {
     "attention_64": attention(64, "None"),
     "attention_128": attention(128, "None"),
     "attention_128_lengths": attention(128, "%l"),
+    "block_sparse_attention": """graph g {
+  size B in [1, 2]
+  input %q: bf16[B, 12, 1000, 128]
+  input %l: i64[B]
+  param %rows: i32[8, 3]
+  param %columns: i32[20]
+  param %reach: i32[8]
+  param %tokens: i32[1000]
+  %y: bf16[B, 12, 1000, 128] = intarsia.block_sparse_attention_tables(query=%q, key=%q, value=%q, lengths=%l, """
+    """rows=%rows, columns=%columns, reach=%reach, tokens=%tokens, block_q=128, block_k=128, scale=None)
+  return %y
+}
+""",
     "linear_i8": """graph g {
   size N in [1, 200000]
   input %x: bf16[2, N, 1536]

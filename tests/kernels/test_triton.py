@@ -31,7 +31,7 @@ def test_without_triton_the_error_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "triton", None)
     kernels.register()
     paths = [path for contract in kernels.operators().values() for path in contract.LAUNCHES.values()]
-    assert len(set(paths)) == 7
+    assert len(set(paths)) == 8
     for path in paths:
         monkeypatch.delitem(sys.modules, path.split(":")[0], raising=False)
         with pytest.raises(MissingEnvironment, match=r"needs Triton, which is missing; pip install"):
