@@ -27,6 +27,7 @@ PASSES: dict[str, str] = {
     "merge-views": "intarsia.passes.merge_views:MergeViews",
     "quantize-linear": "intarsia.passes.quantize_linear:QuantizeLinear",
     "sparse-attention": "intarsia.passes.sparse_attention:SparseAttention",
+    "tables-of-blocks": "intarsia.passes.tables_of_blocks:TablesOfBlocks",
 }
 """Passes that come with Intarsia, by name; others join by entry points of the group ``intarsia.passes``."""
 
