@@ -5,7 +5,7 @@
 Everything is compared at the same share of computed pairs, on the same held-out noise and prompts, which the search
 never sees; PSNR is against the dense model's videos, its floor between unrelated ones. The uniform patterns stay the
 same in all layers, heads and steps, the stripes with the columns that calibration gives each head; random masks differ
-from head to head. The searched plan has eight phases. ``--quick`` takes three videos and the density of 25 %.
+from head to head. The searched plan has sixteen phases. ``--quick`` takes three videos and the density of 25 %.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNIFORM = {
     "multi_diagonal": "multi-diagonal(density={})",
     "stripe": "vertical-stripe(density={}, sink=0)",
 }
-PHASES = 8
+PHASES, PROBES = 16, 16
 
 
 def _meanings() -> dict[str, str]:
@@ -115,7 +115,7 @@ class _Bench:
         from intarsia.search.head_settings import HeadSearch
         from intarsia.search.heads import search_heads
 
-        how = HeadSearch(density=density, phases=PHASES, transfer=name == "25")
+        how = HeadSearch(density=density, phases=PHASES, probes=PROBES, transfer=name == "25")
         found = search_heads(
             self.subject.program,
             self.target,

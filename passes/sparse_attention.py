@@ -25,11 +25,14 @@ OP = "intarsia.block_sparse_attention"
 DENSE, SKIP = "dense", "skip"
 
 MODES = tuple(
-    f"{mode}(density={density})"
-    for density in (0.5, 0.25, 0.125, 0.0625)
-    for mode in ("diagonal", "multi-diagonal", "vertical-stripe")
+    mode.format(density)
+    for density in (0.75, 0.5, 0.375, 0.25, 0.125, 0.0625, 0.03125)
+    for mode in ("diagonal(density={})", "multi-diagonal(density={})", "vertical-stripe(density={}, sink=0)")
 )
-"""What a head is offered besides dense and skip: the modes of Sparse-vDiT, section 4.2, at four widths each."""
+"""What a head is offered besides dense and skip: the modes of Sparse-vDiT, section 4.2, at several widths each.
+
+Stripes need not hold the first frame: where a head looks at it, its columns are among those that calibration finds.
+"""
 
 BLOCKS = (128, 64, 32, 16)
 """Tokens of a block, if nobody says how many: the largest that cuts the sequence into 32 blocks."""

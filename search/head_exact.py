@@ -16,6 +16,13 @@ from intarsia.search.head_table import Choice, Floats, HeadTable, load_errors
 from intarsia.search.search import EFFORTS
 from intarsia.search.trials import digits
 
+DRIFTS = {"quick": (3.0,), "default": (0.0, 1.5, 3.0, 4.5), "full": (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)}
+"""How much more errors at the beginning of the loop weigh than at its end, as the logarithm of a ratio, by effort.
+
+Phases made sparse one at a time do not tell: an answer that left its course early goes on from another place, so errors of
+many phases together do more than add up, the more the earlier they are.
+"""
+
 PROBE_DENSITY = 0.25
 """Share of the pairs at which a phase alone is tried, to see what its errors do to the whole answer."""
 
@@ -23,9 +30,12 @@ PROBE_DENSITY = 0.25
 class ExactStudy(HeadStudy):
     """Chooses by the first-order error of the guided answer, phase by phase weighted by whole answers."""
 
+    _drift = 0.0
+
     def decide(self) -> Decided:
         """The choice of least error within the budget, or the cheapest that meets the goal."""
         table = self.table
+        table = self._drifting(table, self._budget(table) if self.how.bounded else self._probe(table))
         if self.how.bounded:
             choice, self.facts["gap"] = table.exact(self._budget(table))
             self._kept_by_budget(table, choice)
@@ -36,15 +46,28 @@ class ExactStudy(HeadStudy):
             self.facts["transfer"] = self._transfer(table, choice)
         return table, choice
 
+    def _probe(self, table: HeadTable) -> float:
+        """A budget at which errors show and answers are still like the dense ones."""
+        return max(table.dense * PROBE_DENSITY, table.cheapest)
+
+    def _drifting(self, table: HeadTable, budget: float) -> HeadTable:
+        """The table with the drift whose choice at this budget has the best answers, of those that the effort tries."""
+        if len(table.phases) == 1 or self.workload is None:
+            return table
+        drifts = DRIFTS[self.effort]
+        found = [self._measured(tilted, tilted.exact(budget)[0]) for tilted in (_tilted(table, d) for d in drifts)]
+        metric = next(iter(found[0].quality.metrics))
+        best = max(range(len(drifts)), key=lambda number: found[number].quality[metric].mean)
+        self.facts["drift"] = self._drift = drifts[best]
+        return _tilted(table, self._drift)
+
     def _within_goal(self, table: HeadTable) -> Choice:
         """The cheapest choice found that meets the goal: a bisection over the logarithm of the budget."""
         assert self.goal is not None
         good = self._dense_meets(table)
         low, high = max(table.cheapest, table.dense * 0.01), table.dense
         for number in range(EFFORTS[self.effort].trials - 1):
-            middle = math.sqrt(low * high)
-            if number == 0:
-                middle = max(table.dense * PROBE_DENSITY, low)
+            middle = max(self._probe(table), low) if number == 0 else math.sqrt(low * high)
             choice, gap = table.exact(middle)
             if self._measured(table, choice).margin >= 0:
                 good, high, self.facts["gap"] = choice, table.cost(choice), gap
@@ -57,6 +80,7 @@ class ExactStudy(HeadStudy):
     def _transfer(self, table: HeadTable, choice: Choice) -> dict[str, object]:
         """How far the choice serves prompts and noise that it was not made on: what those would have chosen."""
         other = self._table("validation", table.options).weighted(self._weights)
+        other = _tilted(other, self._drift)
         theirs, _ = other.exact(table.cost(choice) * (1 + 1e-9))
         mine = next(t for t in self.trials if t.selection == tuple(choice.reshape(-1).tolist()))
         their = self._measured(table, theirs)
@@ -113,9 +137,8 @@ class ExactStudy(HeadStudy):
         self.progress.start("weights of phases", len(self.ranges))
         for number in range(len(self.ranges)):
             alone = replace(table, phases=table.phases[number : number + 1], errors=table.errors[number : number + 1])
-            budget = max(alone.dense * PROBE_DENSITY, alone.cheapest)
             choice = np.zeros((len(self.ranges), len(self.heads.places)), dtype=np.int64)
-            choice[number] = alone.exact(budget)[0][0]
+            choice[number] = alone.exact(self._probe(alone))[0][0]
             graphs = self._graphs(table, choice)
             key = self._key(f"moved {served(graphs)}")
             moved = self.journal.get(key)
@@ -133,3 +156,9 @@ class ExactStudy(HeadStudy):
         """Whole answers with every head dense, on calibration noise."""
         dense = np.zeros((1, len(self.heads.places)), dtype=np.int64)
         return self._outputs(self._graphs(self._kept, dense), "calibration")
+
+
+def _tilted(table: HeadTable, drift: float) -> HeadTable:
+    """The table with errors that weigh the less the later they are: by ``exp(-drift)`` at the end of the loop."""
+    middles = np.array([(first + last) / 2 for first, last in table.phases])
+    return table.weighted(np.exp(-drift * middles / table.phases[-1][1])) if drift else table
