@@ -29,6 +29,20 @@ NORM = """graph norm {
 """
 
 
+SPARSE = """graph sparse {
+  size B in [1, 4]
+  input %q: f16[B, 2, 64, 32]
+  param %rows: i32[4, 3]
+  param %columns: i32[9]
+  param %reach: i32[4]
+  param %tokens: i32[64]
+  %y: f16[B, 2, 64, 32] = intarsia.block_sparse_attention_tables(query=%q, key=%q, value=%q, lengths=None, \
+rows=%rows, columns=%columns, reach=%reach, tokens=%tokens, block_q=16, block_k=16, scale=None)
+  return %y
+}
+"""
+
+
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plugin]:
     """The modulated norm above, for an A100."""
@@ -52,13 +66,32 @@ def test_parameters_are_inputs_then_whole_numbers_then_outputs_and_nothing_else(
 
 
 def test_nvidias_assembler_takes_the_reordered_code(plugin: Plugin, tmp_path: Path) -> None:
+    assembled(plugin, tmp_path)
+
+
+def assembled(plugin: Plugin, folder: Path) -> None:
+    """Fail unless NVIDIA's assembler takes the code and no register is spilled."""
     from triton import knobs
 
-    (tmp_path / "kernel.ptx").write_text(plugin.ptx)
+    (folder / "kernel.ptx").write_text(plugin.ptx)
     command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_80", "kernel.ptx", "-o", "kernel.cubin"]
-    said = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stderr
+    said = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stderr
     assert plugin.function in said
     assert "0 bytes spill stores, 0 bytes spill loads" in said
+
+
+def test_sparse_attention_is_a_plugin_whose_tables_are_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    graph = Graph.parse(SPARSE)
+    found = plugin_of(graph.nodes[0], graph, "sm_80")
+    assert found.id == "intarsia::block_sparse_attention_tables"
+    assert tuple(found.inputs) == ("query", "key", "value", "rows", "columns", "reach", "tokens")
+    assert [str(type_) for type_ in found.outputs.values()] == ["f16[B, 64, 2, 32]"]
+    assert parameters(found.ptx) == ["u64"] * 7 + ["u32"] * 12 + ["u64"]
+    assert found.extras[:3] == ("(2)*(64)*(32)", "(64)*(32)", "(32)")
+    assert found.grid == ("4", "2*(B)", "1")
+    assert found.sizes == {"B": (0, 0)}
+    assembled(found, tmp_path)
 
 
 def test_a_parameter_that_the_code_reads_is_not_left_out() -> None:
