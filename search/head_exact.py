@@ -19,8 +19,8 @@ from intarsia.search.trials import digits
 DRIFTS = {"quick": (3.0,), "default": (0.0, 1.5, 3.0, 4.5), "full": (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)}
 """How much more errors at the beginning of the loop weigh than at its end, as the logarithm of a ratio, by effort.
 
-Phases made sparse one at a time do not tell: an answer that left its course early goes on from another place, so errors of
-many phases together do more than add up, the more the earlier they are.
+Phases made sparse one at a time do not tell: an answer that left its course early goes on from another place, so errors
+of many phases together do more than add up, the more the earlier they are.
 """
 
 PROBE_DENSITY = 0.25

@@ -309,11 +309,18 @@ def test_what_other_noise_would_have_chosen_is_measured_and_noted(run) -> None:
     noted = found.plan.notes["transfer"]
     assert 0 <= noted["agreement"] <= 1
     assert noted["metric"] == "psnr"
-    both = [trial.quality["psnr"].mean for trial in found.tried]
-    assert both[0] == found.quality["psnr"].mean
-    assert noted["loss_db"] == pytest.approx(both[-1] - both[0], abs=1e-4)
+    ours = found.quality["psnr"].mean
+    losses = [trial.quality["psnr"].mean - ours for trial in found.tried]
+    assert any(noted["loss_db"] == pytest.approx(loss, abs=1e-4) for loss in losses)
     assert "transfer" not in run(density=0.4, transfer=False).plan.notes
     assert "transfer" not in run(density=0.4, effort="quick").plan.notes
+
+
+def test_of_several_drifts_the_one_with_the_best_answers_is_kept(run) -> None:
+    found = run(density=0.4, transfer=False)
+    assert found.quality["psnr"].mean == max(trial.quality["psnr"].mean for trial in found.tried)
+    assert found.plan.notes["drift"] in (0.0, 1.5, 3.0, 4.5)
+    assert run(density=0.4, effort="quick").plan.notes["drift"] == 3.0
 
 
 def test_phases_cover_the_loop_and_those_that_decide_alike_are_one(run) -> None:
