@@ -33,7 +33,8 @@ LEAST = 16
 @torch.library.custom_op("intarsia::block_tables", mutates_args=())
 def block_tables(blocks: str, order: str | None, keys: int, block_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows (M, 3), columns (blocks computed), reach (N) and tokens (S or 0), i32, as ``tables.Tables`` says."""
-    return tuple(tables.block_tables(blocks, order, keys, block_k))
+    rows, columns, reach, tokens = tables.block_tables(blocks, order, keys, block_k)
+    return rows, columns, reach, tokens
 
 
 @block_tables.register_fake
