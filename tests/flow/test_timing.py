@@ -26,7 +26,5 @@ def test_a_call_is_timed_alone_and_a_product_takes_longer_than_a_relu():
 
 
 def test_times_of_another_kind_of_machine_are_refused():
-    with pytest.raises(
-        UsageError, match="those of this machine's CPU, and --target h100 is none"
-    ):
+    with pytest.raises(UsageError, match="those of this machine's CPU, and --target h100 is none"):
         measured_seconds(load_target("h100"))
