@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from intarsia.ir.graph import Graph, Node, Ref
-from intarsia.kernels.attention.triton import SINGLE, Tile
+from intarsia.kernels.attention.triton import Tile
 from intarsia.kernels.launch import POINTERS, Launch, product, strides
 
 TILES = {
@@ -46,8 +46,11 @@ ORDERED = {
 }
 """The same where tokens are read through an order: addresses and masks then take registers of their own."""
 
-ROWS = 16
-"""Queries that a warp multiplies at once: a small tile has no more warps than that leaves work for."""
+SINGLE = {32: Tile(32, 32, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 8, 1)}
+"""For f32, which no tensor core multiplies exactly, by channels of a head."""
+
+ROWS = {"sm_80": 8, "sm_90": 16, "gfx942": 16, "f32": 4}
+"""Queries for each warp of a tile that the table makes smaller; with more, those for sm_80 and f32 spill."""
 
 
 def launch(node: Node, graph: Graph, architecture: str) -> Launch:
@@ -97,15 +100,17 @@ def launch(node: Node, graph: Graph, architecture: str) -> Launch:
 
 
 def _tile(node: Node, graph: Graph, architecture: str) -> Tile:
-    """The best tile, cut down to powers of two that divide the table's blocks."""
-    dtype, channels = graph.type(node.ref("query")).dtype, graph.type(node.ref("query")).shape[3]
-    ordered = isinstance(node.args["tokens"], Ref)
-    best = SINGLE if dtype == "f32" else (ORDERED if ordered else TILES)[_oldest(architecture), cast("int", channels)]
+    """The best tile, cut down to powers of two that divide the blocks, and to as few warps as it then keeps busy."""
+    query, ordered, oldest = graph.type(node.ref("query")), isinstance(node.args["tokens"], Ref), _oldest(architecture)
+    channels, single = cast("int", query.shape[3]), query.dtype == "f32"
+    best = SINGLE[channels] if single else (ORDERED if ordered else TILES)[oldest, channels]
+    rows = ROWS["f32" if single else oldest]
     block_q, block_k = (cast("int", node.args[axis]) for axis in ("block_q", "block_k"))
-    queries, keys = min(best.queries, block_q & -block_q), min(best.keys, block_k & -block_k)
+    queries = min(best.queries, block_q & -block_q)
+    keys = min(best.keys, block_k & -block_k, queries)  # a small tile has too few threads to hold more
     # Where to read comes out of memory first: twice the depth keeps as many keys under way.
     stages = 2 * best.stages - 1 if ordered else best.stages
-    return Tile(queries, keys, min(best.warps, max(1, queries // ROWS)), stages)
+    return Tile(queries, keys, min(best.warps, max(1, queries // rows)), stages)
 
 
 def _oldest(architecture: str) -> str:

@@ -97,7 +97,13 @@ def test_a_launch_reads_tables_of_32_bits_and_writes_tokens_before_heads() -> No
 
 @pytest.mark.parametrize(
     ("block_q", "block_k", "tile", "programs"),
-    [(128, 128, (128, 64), 8), (256, 64, (128, 64), 8), (64, 32, (64, 32), 16), (48, 80, (16, 16), 63)],
+    [
+        (128, 128, (128, 64), 8),
+        (256, 64, (128, 64), 8),
+        (64, 32, (64, 32), 16),
+        (48, 80, (16, 16), 63),
+        (16, 64, (16, 16), 63),
+    ],
 )
 def test_a_tile_divides_the_blocks_of_the_table(
     block_q: int, block_k: int, tile: tuple[int, int], programs: int
@@ -116,8 +122,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("architecture", "channels", "block", "tokens"),
     [
         ("sm_80", 128, 128, "None"),
+        ("sm_80", 128, 64, "%tokens"),
         ("sm_80", 64, 128, "%tokens"),
-        ("sm_80", 64, 32, "%tokens"),
         ("sm_90", 128, 128, "None"),
         ("sm_90", 64, 128, "%tokens"),
         ("sm_90", 32, 16, "None"),
@@ -134,6 +140,12 @@ def test_no_tile_spills_a_register(  # noqa: PLR0917
     assert code.spills == 0
     matrix = ARCHITECTURES[architecture].matrix if block >= 64 else "mma.sync"
     assert code.instructions[matrix] > 0
+
+
+def test_full_precision_spills_nothing_and_uses_no_tensor_core(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    code = compile_launch(launched(call(dtype="f32", tokens="%tokens"), "sm_90"), "sm_90")
+    assert (code.spills, dict(code.instructions)) == (0, {})
 
 
 def test_keys_are_fetched_while_others_are_multiplied(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
