@@ -52,6 +52,9 @@ def _meanings() -> dict[str, str]:
     return found
 
 
+MEANINGS = _meanings()
+
+
 def measure(quick: bool) -> Figures:
     """All densities; the figures that ``--quick`` leaves out are those of 25 %."""
     bench = _Bench("quick" if quick else "default")
@@ -229,4 +232,4 @@ def _low(gains: Sequence[float]) -> float:
 
 
 if __name__ == "__main__":
-    main("sparse_fidelity", _meanings(), measure)
+    main("sparse_fidelity", MEANINGS, measure)
