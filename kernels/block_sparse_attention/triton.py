@@ -49,8 +49,8 @@ ORDERED = {
 SINGLE = {32: Tile(32, 32, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 8, 1)}
 """For f32, which no tensor core multiplies exactly, by channels of a head."""
 
-ROWS = {"sm_80": 8, "sm_90": 16, "gfx942": 16, "f32": 4}
-"""Queries for each warp of a tile that the table makes smaller; with more, those for sm_80 and f32 spill."""
+ROWS = {"sm_80": 8, "sm_90": 16, "gfx942": 8, "f32": 4}
+"""Queries for each warp of a tile that the table makes smaller; with more, those for sm_80, gfx942 and f32 spill."""
 
 
 def launch(node: Node, graph: Graph, architecture: str) -> Launch:
