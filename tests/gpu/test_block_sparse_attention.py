@@ -9,10 +9,12 @@ from torch import Tensor
 
 from intarsia import kernels
 from intarsia.backends.null import NullEngine
+from intarsia.backends.packing import Build, write_bundle
 from intarsia.backends.triton import TritonBackend
+from intarsia.backends.verify import verify_bundle
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program, example_inputs, materialize
-from intarsia.ir.target import load_target
+from intarsia.ir.target import Target, load_target
 from intarsia.ir.tokens import TokenLayout
 from intarsia.kernels.block_sparse_attention.order import TokenOrder
 from intarsia.kernels.block_sparse_attention.reference import block_sparse_attention
@@ -42,6 +44,15 @@ VIDEOS = {
 
 BAND = "8:0-1;0-2;1-3;2-4;3-5;4-6;5-7;6-7"
 FRAMES_LAST = "0:16*1+6*16,96:20*1"
+
+SPARSE = f"""graph sparse {{
+  size B in [1, 4]
+  input %q: f16[B, 2, 116, 64]
+  %y: f16[B, 2, 116, 64] = intarsia.block_sparse_attention(query=%q, key=%q, value=%q, lengths=None, \
+blocks="{BAND}", order="{FRAMES_LAST}", block_q=16, block_k=16, scale=None)
+  return %y
+}}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +118,31 @@ def test_ragged_blocks_lengths_and_orders_agree(
     assert (found.double() - expected).abs().max() <= TOLERANCE[dtype] * value.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize(("block_q", "block_k"), [(128, 128), (128, 64), (64, 64)])
+@pytest.mark.parametrize("lengths", [None, (790, 300)])
+@pytest.mark.parametrize("pattern", ["diagonal", "multi-diagonal", "vertical-stripe"])
+def test_every_mode_agrees_with_the_cpu_where_ends_are_ragged_and_a_row_is_empty(  # noqa: PLR0917
+    pattern: str, lengths: tuple[int, int] | None, block_q: int, block_k: int, channels: int, dtype: torch.dtype
+) -> None:
+    layout = TokenLayout(6, 8, 16, after=50)
+    mask = Mask(find_pattern(f"{pattern}(density=0.7)"), layout, block_q, block_k)
+    blocks = mask.table.blocks().copy()
+    blocks[2] = False
+    order = None if mask.order is None else str(mask.order)
+    rest = (str(BlockTable.of(blocks)), order, block_q, block_k, None)
+    operands = [normal(2, layout.tokens, 2, channels, dtype=dtype, seed=i).transpose(1, 2) for i in range(3)]
+    cut = None if lengths is None else torch.tensor(lengths)
+    on_gpu = None if cut is None else cut.to(operands[0].device)
+    found = torch.ops.intarsia.block_sparse_attention(*operands, on_gpu, *rest).cpu()
+    expected = block_sparse_attention(*(tensor.cpu().float() for tensor in operands), cut, *rest)
+    empty = (expected == 0).all(-1)
+    assert int(empty.sum()) >= 2 * 2 * block_q
+    assert not found[empty].any()
+    assert difference(found, expected) <= TOLERANCE[dtype]
+
+
 def test_queries_without_blocks_give_zeros() -> None:
     query = normal(2, 3, 64, 64, dtype=torch.float16, seed=0)
     found = torch.ops.intarsia.block_sparse_attention(query, query, query, None, "4:-;0;-;1-3", None, 16, 16, None)
@@ -123,16 +159,13 @@ def test_operands_are_read_where_they_lie() -> None:
     assert torch.equal(torch.ops.intarsia.block_sparse_attention(*heads, *rest), expected)
 
 
-def test_a_compiled_engine_answers_as_its_graph(tmp_path: Path) -> None:
-    graph = Graph.parse(f"""graph sparse {{
-  size B in [1, 4]
-  input %q: f16[B, 2, 116, 64]
-  %y: f16[B, 2, 116, 64] = intarsia.block_sparse_attention(query=%q, key=%q, value=%q, lengths=None, \
-blocks="{BAND}", order="{FRAMES_LAST}", block_q=16, block_k=16, scale=None)
-  return %y
-}}
-""")
-    here = replace(load_target("h100"), architecture=architecture_of(torch.device("cuda", 0)))
+@pytest.fixture
+def here() -> Target:
+    return replace(load_target("h100"), architecture=architecture_of(torch.device("cuda", 0)))
+
+
+def test_a_compiled_engine_answers_as_its_graph(here: Target, tmp_path: Path) -> None:
+    graph = Graph.parse(SPARSE)
     program = materialize(Program(run_passes(TritonBackend.passes, graph, here), {}))
     backend = TritonBackend()
     engine = backend.load(tmp_path, backend.build(program, here, tmp_path).files)
@@ -140,3 +173,16 @@ blocks="{BAND}", order="{FRAMES_LAST}", block_q=16, block_k=16, scale=None)
         inputs = example_inputs(graph, {"B": batch})
         (found,), (expected,) = engine(*inputs), NullEngine(Program(graph, {}))(*inputs)
         assert difference(found, expected) <= 2 * TOLERANCE[torch.float16]
+
+
+def test_a_bundle_holds_what_it_claims_and_answers_as_its_graph(here: Target, tmp_path: Path) -> None:
+    program = Program(Graph.parse(SPARSE), {})
+    prepared = materialize(Program(run_passes(TritonBackend.passes, program.graph, here), {}))
+    builds = [Build(TritonBackend(), prepared)]
+    bundle = write_bundle(
+        tmp_path / "out", program=program, plan=None, builds=builds, target=here, command="intarsia export"
+    )
+    assert verify_bundle(bundle.folder, engine="triton").passed
+    inputs = example_inputs(program.graph, {"B": 3})
+    (found,), (expected,) = bundle.engine("triton")(*inputs), NullEngine(program)(*inputs)
+    assert difference(found, expected) <= 2 * TOLERANCE[torch.float16]
