@@ -230,9 +230,9 @@ def test_a_graph_of_three_thousand_nodes_is_summed_up_in_well_under_a_second():
         nodes += [_renamed(node, suffix) for node in graph.nodes]
     large = replace(graph, nodes=tuple(nodes))
     assert len(large.nodes) > 3000
-    start = time.perf_counter()
+    start = time.process_time()
     summary(large)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def _renamed(node, names):
