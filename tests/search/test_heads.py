@@ -316,6 +316,13 @@ def test_what_other_noise_would_have_chosen_is_measured_and_noted(run) -> None:
     assert "transfer" not in run(density=0.4, effort="quick").plan.notes
 
 
+def test_measured_seconds_of_attention_stand_for_predicted_ones_before_and_after(run) -> None:
+    """A dense call of two heads takes 2 s in each of two layers, a sparse one 1 s: what is saved is saved from that."""
+    found = run(density=0.4, transfer=False, probes=1, price=lambda node, graph: 1.0 + ("scaled_dot" in node.op))
+    assert 4.0 < found.baseline.seconds < 4.1
+    assert 0 < found.predicted.seconds < found.baseline.seconds
+
+
 def test_of_several_drifts_the_one_with_the_best_answers_is_kept(run) -> None:
     found = run(density=0.4, transfer=False)
     assert found.quality["psnr"].mean == max(trial.quality["psnr"].mean for trial in found.tried)
