@@ -75,6 +75,8 @@ class SparseAttention(Pass):
             raise ValueError(f"block is {self.block}; it is a power of two of at least 16, or 0")
         if isinstance(self.patterns, str) or not all(isinstance(text, str) for text in self.patterns):
             raise ValueError(f"patterns is {self.patterns!r}; it is a tuple of texts such as ('skip',)")
+        for text in self.patterns:
+            find_pattern(text)  # an unknown one is told now, rather than as one that fits nowhere
 
     def choices(self, graph: Graph, target: Target) -> Choices:
         """At each head ``dense`` and those patterns that fit the layout and that the kernels take."""
