@@ -143,6 +143,11 @@ CASES: Mapping[str, Callable[[], Iterable[Case]]] = {
     "intarsia.requantize": lambda: (
         {"input": 1000 * random(3, 4, 5, dtype=torch.int32), **dyadic(4 + axis), "axis": 1 + axis} for axis in (0, 1)
     ),
+    "intarsia.fake_quantize": lambda: ({**case, "low": 0, "high": 15} for case in roundings()),
+    "intarsia.fake_quantize_channels": lambda: ({"weight": w, "bits": bits} for w in weights() for bits in (4, 8)),
+    "intarsia.fake_quantize_bias": lambda: (
+        {"bias": weight[:, 0].contiguous(), "weight": weight, "bits": 4, "input_scale": 0.02} for weight in weights()
+    ),
     "intarsia.attention": attentions,
     "intarsia.block_sparse_attention": sparse_attentions,
     "intarsia.integers": lambda: ({"runs": runs} for runs in ("0:4*1", "3:2*4+3*1,0:1*1")),
