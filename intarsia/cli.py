@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from intarsia import configuration, outputs, terminal
+from intarsia import cli_solve, configuration, outputs, terminal
 from intarsia.backends.writing import new_file
 from intarsia.ir.errors import MissingEnvironment, UsageError
 from intarsia.ir.registry import unknown
@@ -491,6 +491,9 @@ def optimize(
         )
     _show(*summaries.bundled(bundle), json=json)
     return _ended(configuration.command(ctx, output=output), complete=not summaries.cut_short(bundle))
+
+
+app.add_typer(cli_solve.app, name="solve")
 
 
 def _show(data: object, lines: Sequence[str | Table], *, json: bool) -> None:

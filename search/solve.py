@@ -113,7 +113,7 @@ def _highs(
     owner = np.repeat(np.arange(len(kept)), sizes)
     one_each = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
     limits = [LinearConstraint(coefficients[None, :], ub=limit) for coefficients, limit in rows]
-    with _printing_to_stderr():
+    with printing_to_stderr():
         answer = milp(
             objective * 1e4,  # HiGHS stops within 1e-6 of the best objective
             integrality=np.ones(len(owner)),
@@ -131,7 +131,7 @@ def _highs(
 
 
 @contextmanager
-def _printing_to_stderr() -> Iterator[None]:
+def printing_to_stderr() -> Iterator[None]:
     """What native code prints goes to standard error: HiGHS has lines that no option silences."""
     sys.stdout.flush()
     kept = os.dup(1)
