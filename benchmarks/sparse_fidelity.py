@@ -158,15 +158,14 @@ class _Bench:
     @cached_property
     def _calibrated(self) -> Sequence[Sequence[str]]:
         from intarsia.ir.program import materialize
-        from intarsia.search.head_errors import column_mass
+        from intarsia.search.head_mass import attention_mass, calibrated
         from intarsia.search.progress import Silent
 
         assert self.work.loop is not None
         steps = range(2, self.work.loop.steps, 5)
         calls = [call for calls in self.work.loop.record("calibration", steps, Silent()) for call in calls]
-        mass = column_mass(materialize(self.subject.program), calls, self._plain)
-        found: Sequence[Sequence[str]] = self._plain.calibrated(mass).options
-        return found
+        mass = attention_mass(materialize(self.subject.program), calls, self._plain)
+        return calibrated(self._plain, mass).options
 
     def _quality(self, phases: Sequence[tuple[int, int | None, Mapping[str, str]]]) -> Quality:
         from intarsia.search.quality import measure as compared

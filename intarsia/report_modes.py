@@ -15,7 +15,7 @@ from intarsia.search.explain import noted
 from intarsia.search.explain_heads import Bargains, why_head
 from intarsia.search.weighed import Weighed
 
-MODES = (DENSE, SKIP, "diagonal", "multi-diagonal", "vertical-stripe")
+MODES = (DENSE, SKIP, "diagonal", "multi-diagonal", "vertical-stripe", "tile-offsets")
 """Modes that have a colour of their own; all others share the last."""
 
 WIDE = 24

@@ -27,11 +27,18 @@ DENSE, SKIP = "dense", "skip"
 MODES = tuple(
     mode.format(density)
     for density in (0.75, 0.5, 0.375, 0.25, 0.125, 0.0625, 0.03125)
-    for mode in ("diagonal(density={})", "multi-diagonal(density={})", "vertical-stripe(density={}, sink=0)")
+    for mode in (
+        "diagonal(density={})",
+        "multi-diagonal(density={})",
+        "vertical-stripe(density={}, sink=0)",
+        "tile-offsets(density={})",
+    )
 )
-"""What a head is offered besides dense and skip: the modes of Sparse-vDiT, section 4.2, at several widths each.
+"""What a head is offered besides dense and skip: the modes of Sparse-vDiT, section 4.2, and what generalises its
+diagonals, at several widths each.
 
-Stripes need not hold the first frame: where a head looks at it, its columns are among those that calibration finds.
+Stripes need not hold the first frame: where a head looks at it, its columns are among those that calibration finds, as
+are the distances of tiles.
 """
 
 BLOCKS = (128, 64, 32, 16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from itertools import accumulate
@@ -22,10 +22,7 @@ from intarsia.ir.target import Target
 from intarsia.ir.tokens import TokenLayout
 from intarsia.ir.types import TensorType
 from intarsia.passes.attention_sites import Site
-from intarsia.passes.patterns.base import find_pattern
-from intarsia.passes.patterns.columns import columns_of
 from intarsia.passes.patterns.masks import Mask
-from intarsia.passes.patterns.vertical_stripe import VerticalStripe
 from intarsia.passes.sparse_attention import DENSE, SKIP, SparseAttention, places
 from intarsia.search.head_table import ABSENT, Floats
 from intarsia.search.roofline import node_cost
@@ -36,9 +33,6 @@ Answer = Callable[[Site, Sequence[Mapping[str, Any]]], Sequence[Tensor]]
 
 Price = Callable[[Node, Graph], float]
 """Seconds of a call whose inputs the graph defines."""
-
-MASS_ROWS = 64
-"""Queries, evenly spread, whose attention says which columns of keys a head looks at."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +107,6 @@ class Heads:
         first = self.first(site)
         return self.options[first : first + site.heads]
 
-    def calibrated(self, mass: Mapping[str, Tensor]) -> Heads:
-        """The same with every stripe's columns where the head looks; ``mass`` (H, S) by site is what each key gets."""
-        options: list[tuple[str, ...]] = []
-        for site in self.sites:
-            block = self.pass_.block_of(site.layout)
-            for head, offered in enumerate(self.of_site(site)):
-                sums = _by_block(mass[site.name][head].double().numpy(), block)
-                options.append(tuple(_with_columns(option, sums, site, block) for option in offered))
-        return replace(self, options=tuple(options))
-
     def density(self, site: Site, option: str) -> float:
         """The share of pairs that a head of the site computes with this option."""
         if option in (DENSE, SKIP):
@@ -193,20 +177,6 @@ def mode(option: str) -> str:
     return option.partition("(")[0]
 
 
-def _by_block(mass: Floats, block: int) -> Floats:
-    return np.add.reduceat(mass, np.arange(0, len(mass), block))
-
-
-def _with_columns(option: str, mass: Floats, site: Site, block: int) -> str:
-    if option in (DENSE, SKIP):
-        return option
-    pattern = find_pattern(option)
-    if not isinstance(pattern, VerticalStripe) or pattern.columns is not None:
-        return option
-    chosen = columns_of(mass, site.layout, block, block, density=pattern.density, sink=pattern.sink)
-    return str(replace(pattern, columns=chosen))
-
-
 def walk(program: Program, batches: Sequence[Batch], sites: Sequence[Site], answer: Answer) -> list[Tensor]:
     """The first output of each call, all calls run side by side, with ``answer`` in place of the sites' attention.
 
@@ -246,20 +216,20 @@ def _with_last_uses(graph: Graph, *, kept: Sequence[str]) -> Iterator[tuple[Node
         yield node, [name for name in set(node.inputs) if last[name] is node and name not in living]
 
 
-def column_mass(program: Program, batches: Sequence[Batch], heads: Heads) -> dict[str, Tensor]:
-    """By site the attention (H, S) that each key gets from each head, a mean over calls and some queries."""
-    mass: dict[str, Tensor] = {}
+def dense_answer(site: Site, table: Mapping[str, Any], graph: Graph) -> Tensor:
+    """What the site's attention gives as it came (B, H, S, D)."""
+    return cast("Tensor", call(graph.producers[site.name], table)[0])
 
-    def answer(site: Site, tables: Sequence[Mapping[str, Any]]) -> Sequence[Tensor]:
-        rows = sampled_rows(site.layout.tokens, MASS_ROWS)
-        for table in tables:
-            weights = torch.softmax(_scores(site, table, rows, heads.graph), dim=-1)
-            mass[site.name] = mass.get(site.name, 0) + weights.mean((0, 2)) / len(tables)
-        return [_dense(site, table, heads.graph) for table in tables]
 
-    with torch.no_grad():
-        walk(program, batches, heads.sites, answer)
-    return mass
+def scores(site: Site, table: Mapping[str, Any], rows: Tensor, graph: Graph) -> Tensor:
+    """Scaled scores (B, H, R, S) of some queries, minus infinity beyond the keys' length."""
+    query, key = table[site.query][:, :, rows].float(), table[site.key].float()
+    scale = graph.producers[site.name].args.get("scale")
+    found: Tensor = query @ key.transpose(-1, -2) * (scale if isinstance(scale, float) else site.head_dim**-0.5)
+    if site.lengths:
+        beyond = torch.arange(key.shape[2])[None, :] >= table[site.lengths][:, None]
+        found = found.masked_fill(beyond[:, None, None, :], float("-inf"))
+    return found
 
 
 def sampled_rows(tokens: int, count: int) -> Tensor:
@@ -303,7 +273,7 @@ def output_errors(
         ) -> Sequence[Tensor]:
             (table,) = tables
             operands[site.name] = {name: table[name].detach() for name in _operand_names(site)}
-            found = _dense(site, table, heads.graph)
+            found = dense_answer(site, table, heads.graph)
             results[site.name] = found if found.requires_grad else found.detach().requires_grad_()
             return [results[site.name]]
 
@@ -349,18 +319,3 @@ def _rows_of(pass_: SparseAttention, option: str, layout: TokenLayout, count: in
 
 def _operand_names(site: Site) -> tuple[str, ...]:
     return (site.query, site.key, site.value, *((site.lengths,) if site.lengths else ()))
-
-
-def _dense(site: Site, table: Mapping[str, Any], graph: Graph) -> Tensor:
-    return cast("Tensor", call(graph.producers[site.name], table)[0])
-
-
-def _scores(site: Site, table: Mapping[str, Any], rows: Tensor, graph: Graph) -> Tensor:
-    """Scaled scores (B, H, R, S) of some queries, minus infinity beyond the keys' length."""
-    query, key = table[site.query][:, :, rows].float(), table[site.key].float()
-    scale = graph.producers[site.name].args.get("scale")
-    scores: Tensor = query @ key.transpose(-1, -2) * (scale if isinstance(scale, float) else site.head_dim**-0.5)
-    if site.lengths:
-        beyond = torch.arange(key.shape[2])[None, :] >= table[site.lengths][:, None]
-        scores = scores.masked_fill(beyond[:, None, None, :], float("-inf"))
-    return scores

@@ -21,7 +21,8 @@ from intarsia.ir.program import Program, materialize
 from intarsia.ir.target import Target
 from intarsia.passes.base import Pass
 from intarsia.passes.sparse_attention import DENSE, SparseAttention
-from intarsia.search.head_errors import Heads, Price, column_mass
+from intarsia.search.head_errors import Heads, Price
+from intarsia.search.head_mass import attention_mass, calibrated
 from intarsia.search.head_settings import HeadSearch
 from intarsia.search.head_table import Choice, Floats, HeadTable
 from intarsia.search.journal import Journal
@@ -126,19 +127,19 @@ class HeadStudy(ABC):
 
     @cached_property
     def heads(self) -> Heads:
-        """All heads, stripes with the columns that the calibration calls look at."""
+        """All heads, stripes and tiles with the columns and distances that the calibration calls look at."""
         sparse = self.passes[0]
         assert isinstance(sparse, SparseAttention)
         sizes = self.sizes
         found = Heads.of(sparse, self.program.graph, self.target, sizes, price=self.price)
         if self.how.table or self.workload is None:
             return found
-        key = self._key(f"columns {self.ranges} {found.fingerprint}")
+        key = self._key(f"patterns {self.ranges} {found.fingerprint}")
         known = self.journal.get(key)
         if isinstance(known, list):
             return replace(found, options=tuple(map(tuple, known)))
-        self.progress.start("columns of stripes", None)
-        made = found.calibrated(column_mass(self._materialized, self._all_calls("calibration"), found))
+        self.progress.start("where heads look", None)
+        made = calibrated(found, attention_mass(self._materialized, self._all_calls("calibration"), found))
         self.journal.put(key, [list(options) for options in made.options])
         return made
 

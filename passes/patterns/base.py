@@ -25,6 +25,7 @@ PATTERNS: dict[str, str] = {
     "random": "intarsia.passes.patterns.random_blocks:Random",
     "skip": "intarsia.passes.patterns.skip:Skip",
     "sliding-tile": "intarsia.passes.patterns.sliding_tile:SlidingTile",
+    "tile-offsets": "intarsia.passes.patterns.tile_offsets:TileOffsets",
     "vertical-stripe": "intarsia.passes.patterns.vertical_stripe:VerticalStripe",
 }
 """Patterns that come with Intarsia, by name; others join by entry points of the group ``intarsia.patterns``."""

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from intarsia.ir.tokens import TokenLayout
-from intarsia.kernels.block_sparse_attention.order import Piece, TokenOrder
+from intarsia.kernels.block_sparse_attention.order import TokenOrder
 from intarsia.passes.patterns.base import Pattern
 from intarsia.passes.patterns.grid import Blocks, Grid
-from intarsia.passes.patterns.multi_diagonal import around_text
-
-Box = tuple[int, int, int]
-"""Frames, rows, columns."""
+from intarsia.passes.patterns.tiles import Box, Tiles, check_box
 
 
 @dataclass(frozen=True)
@@ -36,40 +32,26 @@ class SlidingTile(Pattern):
     tile: Box = (2, 4, 4)
 
     def __post_init__(self) -> None:
-        for key, box in (("window", self.window), ("tile", self.tile)):
-            whole = isinstance(box, tuple) and len(box) == 3 and all(type(extent) is int for extent in box)
-            if not whole or min(box) < 1:
-                raise ValueError(f"{key} is {box!r}; it is three whole numbers from 1 on, such as (3, 3, 3)")
+        check_box("window", self.window)
+        check_box("tile", self.tile)
 
     def blocks(self, layout: TokenLayout, block_q: int, block_k: int) -> Blocks:
         """Blocks that hold a query and a key of its window, with text; ValueError if the window exceeds the video."""
         grid = Grid(layout, block_q, block_k)
-        extents = (layout.frames, layout.height, layout.width)
-        counts = tuple(-(-extent // tile) for extent, tile in zip(extents, self.tile, strict=True))
+        cut = Tiles(layout, self.tile)
+        counts = cut.counts
         if any(window > count for window, count in zip(self.window, counts, strict=True)):
             raise ValueError(f"the window is larger than the video, which has {' x '.join(map(str, counts))} tiles")
         near = np.ones((1, 1), dtype=bool)
         for count, window in zip(counts, self.window, strict=True):
             near = np.kron(near, _near(count, window))
-        tiles = self._tiles(layout, counts)
+        tiles = np.ravel_multi_index(tuple(cut.coordinates.T), counts)
         rows, columns = (_held(tiles, layout, sizes, len(near)) for sizes in (grid.sizes_q, grid.sizes_k))
         return grid.text() | (rows @ near @ columns.T > 0)
 
     def order(self, layout: TokenLayout) -> TokenOrder:
         """Tile by tile, whole tiles first, then those that are cut short at the far edges."""
-        strides = (layout.frame, layout.width, 1)
-        extents = (layout.frames, layout.height, layout.width)
-        axes = [_cuts(extent, tile, step) for extent, tile, step in zip(extents, self.tile, strides, strict=True)]
-        return around_text(layout, *(_piece(layout.before, cuts, strides) for cuts in product(*axes)))
-
-    def _tiles(self, layout: TokenLayout, counts: tuple[int, ...]) -> NDArray[np.int64]:
-        """The number of the tile of the video's token at each of its positions (video)."""
-        order = self.order(layout).indices() - layout.before
-        video = order[(order >= 0) & (order < layout.video)]
-        frames, places = np.divmod(video, layout.frame)
-        rows, columns = np.divmod(places, layout.width)
-        frames, rows, columns = (axis // tile for axis, tile in zip((frames, rows, columns), self.tile, strict=True))
-        return (frames * counts[1] + rows) * counts[2] + columns
+        return Tiles(layout, self.tile).order
 
 
 def _near(count: int, window: int) -> Blocks:
@@ -85,16 +67,3 @@ def _held(tiles: NDArray[np.int64], layout: TokenLayout, sizes: NDArray[np.int64
     found = np.zeros((len(sizes), count), dtype=np.float32)
     found[block_of, tiles] = 1
     return found
-
-
-def _cuts(extent: int, tile: int, stride: int) -> list[tuple[int, int, int]]:
-    """An axis as whole tiles and what is left: where it begins, how many tiles, and how long each is."""
-    whole = extent // tile
-    cuts = ((0, whole, tile), (whole * tile * stride, 1, extent - whole * tile))
-    return [cut for cut in cuts if cut[1] * cut[2]]
-
-
-def _piece(start: int, cuts: tuple[tuple[int, int, int], ...], strides: Box) -> Piece:
-    tiles = tuple((count, size * stride) for (_, count, size), stride in zip(cuts, strides, strict=True))
-    tokens = tuple((size, stride) for (_, _, size), stride in zip(cuts, strides, strict=True))
-    return Piece(start + sum(first for first, _, _ in cuts), tiles + tokens)

@@ -18,9 +18,11 @@ from intarsia.passes.patterns.dense import Dense
 from intarsia.passes.patterns.diagonal import Diagonal
 from intarsia.passes.patterns.masks import Mask
 from intarsia.passes.patterns.multi_diagonal import MultiDiagonal
+from intarsia.passes.patterns.offsets import offsets_of, tiles_of
 from intarsia.passes.patterns.radial import Radial
 from intarsia.passes.patterns.skip import Skip
 from intarsia.passes.patterns.sliding_tile import SlidingTile
+from intarsia.passes.patterns.tile_offsets import TileOffsets
 from intarsia.passes.patterns.vertical_stripe import VerticalStripe
 
 LAYOUTS = (
@@ -129,6 +131,69 @@ def test_the_tokens_of_a_tile_stand_side_by_side_with_tiles_that_are_cut_short_b
     assert str(order) == "0:1*1,1:2*10+1*10+2*2+1*10+2*5+2*1,5:2*10+1*10+1*1+1*10+2*5+1*1,21:2*1"
 
 
+@pytest.mark.parametrize("offsets", [None, "0.0.0,1.0.0,-1.0.1,0.-1.-1", "0.1.0,9.9.9,0.-1.0"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_tile_offsets_are_each_tiles_first_listed_distances_and_then_its_nearest_tiles(offsets: str | None, count: int):
+    layout, tile = TokenLayout(4, 6, 4), (1, 2, 4)
+    mask = Mask(TileOffsets(count / 12, tile, offsets), layout, BLOCK, BLOCK)
+    listed = [tuple(map(int, offset.split("."))) for offset in (offsets or "").split(",") if offset]
+
+    def wanted(query: Place, key: Place) -> tuple[int, int, int]:
+        apart = tuple(b - a for a, b in zip(query, key, strict=True))
+        place = listed.index(apart) if apart in listed else len(listed)
+        return place, sum((along * size) ** 2 for along, size in zip(apart, tile, strict=True)), tiles.index(key)
+
+    tiles = [(frame, row, 0) for frame in range(4) for row in range(3)]
+    kept = {query: sorted(tiles, key=lambda key: wanted(query, key))[:count] for query in tiles}
+    of = [(token // 24, token % 24 // 8, 0) for token in range(96)]
+    assert np.array_equal(mask.tokens(), [[of[key] in kept[of[query]] for key in range(96)] for query in range(96)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_tile_offsets_keep_text_and_the_density_where_tiles_are_cut_short(layout: TokenLayout):
+    mask = Mask(TileOffsets(0.8, (2, 2, 2), "0.0.0,1.1.0"), layout, BLOCK, BLOCK)
+    text = [*range(layout.before), *range(layout.before + layout.video, layout.tokens)]
+    assert mask.tokens()[text].all()
+    assert mask.tokens()[:, text].all()
+    assert 0.8 - BLOCK**2 / layout.tokens**2 < mask.density <= 0.8
+
+
+def test_offsets_are_those_with_the_largest_mass_and_tiles_those_that_hold_most_of_it():
+    layout = TokenLayout(8, 8, 8)
+    mass = np.full((15, 15, 15), 1e-4)
+    mass[:, 7:9, 7] = 0.05  # the place itself and the one below it, in all frames
+    found = offsets_of(mass, layout, 16, density=1 / 16)
+    assert found.tile == (8, 1, 2)
+    assert found.offsets is not None
+    assert found.offsets.startswith("0.0.0,0.1.0")
+    computed = Mask(found, layout, 16, 16).tokens()
+    same_place = np.arange(512) % 64 == (np.arange(512) % 64)[:, None]
+    assert computed[same_place].all()
+    assert computed.mean() == 1 / 16
+
+
+def test_each_query_wants_distances_that_the_video_has_from_its_tile():
+    mass = np.zeros((15, 15, 15))
+    mass[7, 0, 7], mass[7, 14, 7], mass[7, 7, 7] = 0.9, 0.8, 0.1
+    found = offsets_of(mass, TokenLayout(8, 8, 8), 16, density=1 / 32)
+    computed = Mask(found, TokenLayout(8, 8, 8), 16, 16).tokens()
+    rows = np.arange(512) % 64 // 8
+    for row, wanted in enumerate([7, 1, 2, 3, 4, 5, 6, 0]):
+        queries = np.flatnonzero(rows == row)
+        assert computed[queries, queries + 8 * (wanted - row)].all()
+
+
+def test_tiles_have_as_many_tokens_as_a_block_with_sides_that_are_powers_of_two():
+    assert set(tiles_of(TokenLayout(2, 3, 4), 8)) == {(1, 2, 4), (2, 1, 4), (2, 2, 2)}
+    assert tiles_of(TokenLayout(1, 2, 2), 16) == ((1, 2, 2),)
+
+
+@pytest.mark.parametrize("mass", [np.ones((15, 15, 14)), np.full((15, 15, 15), np.inf)])
+def test_mass_is_one_number_for_each_distance(mass: NDArray[np.float64]):
+    with pytest.raises(ValueError, match=r"one finite number for each distance, \(15, 15, 15\)"):
+        offsets_of(mass, TokenLayout(8, 8, 8), 16, density=0.5)
+
+
 def test_dense_keeps_every_pair_and_skip_none():
     layout = LAYOUTS[3]
     assert Mask(Dense(), layout, BLOCK, BLOCK).tokens().all()
@@ -196,6 +261,8 @@ def test_no_columns_at_all_is_another_pattern_than_columns_that_are_not_named():
         "sliding-tile(window=(3, 2, 1))",
         "sliding-tile(window=(3, 2, 1), tile=(4, 8, 8))",
         "random(density=0.5, seed=7)",
+        "tile-offsets(density=0.25)",
+        "tile-offsets(density=0.25, tile=(2, 4, 2), offsets='0.0.0,-1.0.2')",
     ],
 )
 def test_a_pattern_is_written_as_it_is_read(text: str):
@@ -222,6 +289,11 @@ def test_every_registered_name_is_the_name_of_its_pattern():
         ("vertical-stripe(density=0.5, columns=3)", "columns is 3; it is runs of blocks such as '0-3,9'"),
         ("sliding-tile(window=(3, 3))", "window is (3, 3); it is three whole numbers from 1 on, such as (3, 3, 3)"),
         ("sliding-tile(window=(1, 1, 1), tile=(0, 1, 1))", "tile is (0, 1, 1); it is three whole numbers from 1 on"),
+        ("tile-offsets(density=0.5, tile=(2, 4))", "tile is (2, 4); it is three whole numbers from 1 on"),
+        (
+            "tile-offsets(density=0.5, offsets='0.0')",
+            "offsets is '0.0'; it is distances in tiles such as '0.0.0,-1.0.0",
+        ),
         ("random(density=0.5, seed=-1)", "seed is -1; it is at least 0 and below 2^32"),
     ],
 )

@@ -14,10 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program, materialize
 from intarsia.ir.target import load_target
-from intarsia.passes.patterns.base import find_pattern
-from intarsia.passes.patterns.vertical_stripe import VerticalStripe
 from intarsia.passes.sparse_attention import DENSE, SKIP, SparseAttention
-from intarsia.search.head_errors import Heads, column_mass, output_errors, sampled_rows, walk
+from intarsia.search.head_errors import Heads, output_errors, sampled_rows, walk
+from intarsia.search.head_mass import attention_mass
 
 TARGET = load_target("cpu-avx2")
 SPARSE = SparseAttention(
@@ -183,41 +182,6 @@ def test_an_option_that_some_heads_lack_is_infinite_there(denoiser: Program) -> 
     assert np.isinf(fewer.costs("density")[0, 2:]).all()
 
 
-def test_the_attention_of_each_head_adds_up_to_one_and_falls_where_keys_are_looked_at(denoiser: Program) -> None:
-    program = materialize(denoiser)
-    heads = heads_of(program)
-    batches = [
-        (torch.randn(1, 2, 4, 4, 4, generator=torch.Generator().manual_seed(seed)), torch.tensor([0.3 + seed / 2]))
-        for seed in (0, 1)
-    ]
-    mass = column_mass(program, batches, heads)
-    assert set(mass) == {site.name for site in heads.sites}
-    for site in heads.sites:
-        assert mass[site.name].shape == (2, 64)
-        assert torch.allclose(mass[site.name].sum(1), torch.ones(2))
-    site = heads.sites[0]
-    graph = Graph.parse(
-        str(program.graph).replace(f"return %{program.graph.outputs[0]}", f"return %{site.query}, %{site.key}")
-    )
-    operands = [Program(graph, program.weights).module()(*batch) for batch in batches]
-    weights = [torch.softmax(query @ key.transpose(-1, -2) / 2, dim=-1) for query, key in operands]
-    assert torch.allclose(mass[site.name], torch.stack(weights).mean((0, 1, 3)), atol=1e-5)
-
-
-def test_stripes_get_the_columns_that_the_head_looks_at(denoiser: Program) -> None:
-    heads = heads_of(denoiser)
-    mass = {site.name: torch.full((2, 64), 1.0) for site in heads.sites}
-    first, second = (site.name for site in heads.sites)
-    mass[first][0, 48:64] = 5.0
-    mass[first][1, 16:32] = 5.0
-    mass[second][1, 40:41] = 100.0
-    found = heads.calibrated(mass)
-    stripes = [next(o for o in options if o.startswith("vertical-stripe")) for options in found.options]
-    patterns = [find_pattern(text) for text in stripes]
-    assert [pattern.columns for pattern in patterns if isinstance(pattern, VerticalStripe)] == ["3", "1", "1", "2"]
-    assert [options[:-1] for options in found.options] == [options[:-1] for options in heads.options]
-
-
 HEADS = """graph heads {{
   input %video: f32[2, 8, 3, 4, 4]
   input %lengths: i64[2]
@@ -280,12 +244,12 @@ def test_lengths_that_only_a_mask_was_made_of_are_kept_for_the_patterns() -> Non
 
     (found,) = walk(program, [inputs], heads.sites, answer)
     assert torch.allclose(found, program.module()(*inputs)[0], atol=1e-5)
-    mass = column_mass(program, [inputs], heads)["y"]
-    assert torch.allclose(mass.sum(1), torch.ones(2))
+    mass = attention_mass(program, [inputs], heads)["y"].columns
+    assert np.allclose(mass.sum(1), 1)
     assert mass[:, 41:].sum() == 0
     assert mass[:, 21:41].min() > 0
     assert mass[:, 21:].sum() < mass[:, :21].sum()
-    shorter = column_mass(program, [(inputs[0], torch.tensor([19, 19]))], heads)["y"]
+    shorter = attention_mass(program, [(inputs[0], torch.tensor([19, 19]))], heads)["y"].columns
     assert shorter[:, 20:].sum() == 0
 
 

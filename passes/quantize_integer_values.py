@@ -1,0 +1,132 @@
+"""Which values of a graph come as integers, on which grid each is kept, and on which grid each reader wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from intarsia.ir.graph import Node
+from intarsia.passes.quantize_integer_grids import TRUNK, Grid, grid, why_no_grid
+from intarsia.passes.quantize_integer_layers import head
+from intarsia.passes.quantize_integer_ranges import Ranged
+from intarsia.passes.quantize_integer_roles import Window, addends, bounds, joined, keeps_grid, source, window
+
+LEAST = 8
+"""Bits of a value that something reads besides products: averages and operators in float."""
+
+PRODUCT, SUM, AVERAGE, JOIN, CLAMP, KEEPS = "product", "sum", "average", "join", "clamp", "keeps"
+
+
+@dataclass(frozen=True)
+class Values:
+    """What becomes of the values that come as integers.
+
+    Attributes:
+        roles: What makes each such value, by name; the last clamp behind a product is of the product's role.
+        kept: The grid on which each value is kept; where a clamp follows that its maker can take along, there is none.
+        wanted: The grid on which a node wants its operands, by the node's name.
+    """
+
+    roles: Mapping[str, str]
+    kept: Mapping[str, Grid]
+    wanted: Mapping[str, Mapping[str, Grid]]
+
+
+def plan_values(ranged: Ranged, input_bits: Mapping[str, int]) -> Values:
+    """The grids of all integers when the layers in ``input_bits`` read inputs of so many bits.
+
+    A sum is on the 16-bit trunk, and so are its operands; what is concatenated is on one grid; a value that several
+    want otherwise is kept in the widest form and requantized for each. Source: HAWQ-V3, sections 3.2 and 3.3, appendix
+    E, and equation 18.
+    """
+    roles = _roles(ranged, input_bits)
+    kept: dict[str, Grid] = {}
+    wanted: dict[str, dict[str, Grid]] = {}
+    asked: dict[str, list[Grid]] = {}
+    loosely = {name for name in ranged.graph.outputs if name in roles}
+
+    def ask(node: Node, names: tuple[str, ...], grids: Mapping[str, Grid]) -> None:
+        wanted[node.name] = dict(grids)
+        for name in names:
+            if grids[name] not in asked.setdefault(name, []):
+                asked[name].append(grids[name])
+
+    for node in reversed(ranged.graph.nodes):
+        role, below = roles.get(node.name), source(node)
+        if _is_kept(node.name, ranged, roles) and role != KEEPS:
+            kept[node.name] = _grid(node.name, ranged, asked.get(node.name, []), loose=node.name in loosely)
+        if node.name in input_bits:
+            name = node.ref("input")
+            ask(node, (name,), {name: _measured(name, ranged, input_bits[node.name])})
+        elif role == SUM and (names := addends(node, ranged.graph)):
+            ask(node, names, {name: _measured(name, ranged, TRUNK) for name in names})
+        elif role == JOIN and (names := joined(node)):
+            ask(node, names, dict.fromkeys(names, kept[node.name]))
+        elif role == KEEPS and below:
+            asked.setdefault(below, []).extend(one for one in asked.get(node.name, []) if one not in asked[below])
+            loosely |= {below} if node.name in loosely else set()
+        else:
+            loosely |= {name for name in node.inputs if name in roles}
+    for node in ranged.graph.nodes:
+        below = source(node)
+        if roles.get(node.name) == KEEPS and below:
+            kept[node.name] = kept[below]
+    return Values(roles, kept, wanted)
+
+
+def _roles(ranged: Ranged, input_bits: Mapping[str, int]) -> dict[str, str]:
+    """What makes each value that comes as integers."""
+    graph = ranged.graph
+    inputs = {value.name for value in graph.inputs}
+    roles: dict[str, str] = {}
+    taken: set[str] = set()
+
+    def fits(names: tuple[str, ...], result: str) -> bool:
+        """Whether operands are integers, but for inputs of the network, and all that has to be has a grid."""
+        if not any(name in roles for name in names) or not all(name in roles or name in inputs for name in names):
+            return False
+        return all(why_no_grid(name, ranged.of(name)) is None for name in (*names, result))
+
+    for node in graph.nodes:
+        below, result = source(node), head(node.name, graph) if len(node.outputs) == 1 else node.name
+        if node.name in input_bits:
+            roles[node.name] = PRODUCT
+        elif node.name in taken and below:
+            roles[node.name] = roles[below]
+        elif (names := addends(node, graph)) and fits(names, result):
+            roles[node.name] = SUM
+        elif (names := joined(node)) and fits(names, node.name):
+            roles[node.name] = JOIN
+        elif below not in roles or below is None:
+            continue
+        elif isinstance(window(node, graph), Window) and fits((below,), result):
+            roles[node.name] = AVERAGE
+        elif keeps_grid(node):
+            roles[node.name] = KEEPS
+        elif bounds(node) and fits((below,), result):
+            roles[node.name] = CLAMP
+        if node.name in roles and roles[node.name] not in (JOIN, KEEPS) and result != node.name:
+            taken.add(graph.users[node.name][0].name)
+    return roles
+
+
+def _is_kept(name: str, ranged: Ranged, roles: Mapping[str, str]) -> bool:
+    """Whether the value is one that readers see: an integer behind which no clamp is taken along."""
+    if name not in roles:
+        return False
+    return roles[name] in (JOIN, KEEPS) or head(name, ranged.graph) == name
+
+
+def _grid(name: str, ranged: Ranged, asked: list[Grid], *, loose: bool) -> Grid:
+    """The grid for a value of which readers ask these, and ``loose``: others read it too, which take any."""
+    if len(asked) == 1 and not loose:
+        return asked[0]
+    least = LEAST if loose or len(asked) > 1 else 0
+    bits = max([least, *(one.bits for one in asked)]) if asked else TRUNK
+    return _measured(name, ranged, bits)
+
+
+def _measured(name: str, ranged: Ranged, bits: int) -> Grid:
+    seen = ranged.of(name)
+    assert seen is not None
+    return grid(seen, bits)
