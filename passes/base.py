@@ -14,6 +14,7 @@ from intarsia.ir.spec import Spec, construct, spec_of
 from intarsia.ir.target import Target
 
 PASSES: dict[str, str] = {
+    "blend-means": "intarsia.passes.blend_means:BlendMeans",
     "cast-floats": "intarsia.passes.cast_floats:CastFloats",
     "clean": "intarsia.passes.clean:Clean",
     "complex-to-real": "intarsia.passes.complex_to_real:ComplexToReal",
@@ -22,9 +23,11 @@ PASSES: dict[str, str] = {
     "fold-sizes": "intarsia.passes.fold_sizes:FoldSizes",
     "fuse-heads": "intarsia.passes.fuse_heads:FuseHeads",
     "fuse-kernels": "intarsia.passes.fuse_kernels:FuseKernels",
+    "lower-integer": "intarsia.passes.lower_integer:LowerInteger",
     "merge-duplicates": "intarsia.passes.merge_duplicates:MergeDuplicates",
     "merge-rope": "intarsia.passes.merge_rope:MergeRope",
     "merge-views": "intarsia.passes.merge_views:MergeViews",
+    "quantize-integer": "intarsia.passes.quantize_integer:QuantizeInteger",
     "quantize-linear": "intarsia.passes.quantize_linear:QuantizeLinear",
     "sparse-attention": "intarsia.passes.sparse_attention:SparseAttention",
     "tables-of-blocks": "intarsia.passes.tables_of_blocks:TablesOfBlocks",

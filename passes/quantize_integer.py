@@ -14,7 +14,7 @@ from intarsia.passes.base import Pass
 from intarsia.passes.quantize_integer_grids import Grid
 from intarsia.passes.quantize_integer_layers import BITS, KEEP, places
 from intarsia.passes.quantize_integer_ranges import Ranged, take_ranges
-from intarsia.passes.quantize_integer_values import KEEPS, Values, plan_values
+from intarsia.passes.quantize_integer_values import JOIN, KEEPS, Values, plan_values
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class _Rewriting:
         before = self.ranged.graph
         for node in before.nodes:
             self.nodes.append(self._layer(node) if node.name in self.weight_bits else self._reading(node))
-            if node.name in self.values.kept and self.values.roles[node.name] != KEEPS:
+            if node.name in self.values.kept and self.values.roles[node.name] not in (JOIN, KEEPS):
                 self.seen[node.name] = self._rounded(node.name, self.values.kept[node.name])
         outputs = tuple(self.seen.get(name, name) for name in before.outputs)
         return replace(before, nodes=tuple(self.nodes), outputs=outputs)

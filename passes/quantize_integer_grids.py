@@ -11,7 +11,7 @@ Range = tuple[float, float]
 """Lowest and highest value that calibration saw."""
 
 TRUNK = 16
-"""Bits of the residual trunk. Source: HAWQ-V3's code (github.com/Zhen-Dong/HAWQ), ``quant_act_int32`` in q_resnet.py."""
+"""Bits of the residual trunk. Source: HAWQ-V3's code (github.com/Zhen-Dong/HAWQ), q_resnet.py, ``quant_act_int32``."""
 
 SMALLEST = 2.0**-126
 """Smallest step of a grid: what is smaller is no normal f32, in which activations are divided by it."""

@@ -18,7 +18,7 @@ KEEPING = frozenset(
         "aten.unflatten.int", "aten.unsqueeze", "aten._unsafe_view", "aten.view",
     }
 )  # fmt: skip
-"""Operators whose result is made of their input's numbers, or zero: on a grid whenever the input is, and in integers."""
+"""Operators whose result is made of their input's numbers and zeros: on the same grid, and alike on codes."""
 
 _AVERAGES = frozenset({"aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.mean.dim"})
 

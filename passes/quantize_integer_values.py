@@ -54,12 +54,16 @@ def plan_values(ranged: Ranged, input_bits: Mapping[str, int]) -> Values:
     for node in reversed(ranged.graph.nodes):
         role, below = roles.get(node.name), source(node)
         if _is_kept(node.name, ranged, roles) and role != KEEPS:
-            kept[node.name] = _grid(node.name, ranged, asked.get(node.name, []), loose=node.name in loosely)
+            readers = asked.get(node.name, [])
+            loose = node.name in loosely
+            kept[node.name] = (
+                _trunk(node.name, ranged) if role == SUM else _grid(node.name, ranged, readers, loose=loose)
+            )
         if node.name in input_bits:
             name = node.ref("input")
             ask(node, (name,), {name: _measured(name, ranged, input_bits[node.name])})
         elif role == SUM and (names := addends(node, ranged.graph)):
-            ask(node, names, {name: _measured(name, ranged, TRUNK) for name in names})
+            ask(node, names, {name: _trunk(name, ranged) for name in names})
         elif role == JOIN and (names := joined(node)):
             ask(node, names, dict.fromkeys(names, kept[node.name]))
         elif role == KEEPS and below:
@@ -124,6 +128,10 @@ def _grid(name: str, ranged: Ranged, asked: list[Grid], *, loose: bool) -> Grid:
     least = LEAST if loose or len(asked) > 1 else 0
     bits = max([least, *(one.bits for one in asked)]) if asked else TRUNK
     return _measured(name, ranged, bits)
+
+
+def _trunk(name: str, ranged: Ranged) -> Grid:
+    return _measured(name, ranged, TRUNK)
 
 
 def _measured(name: str, ranged: Ranged, bits: int) -> Grid:

@@ -57,7 +57,7 @@ fake_quantize.register_autograd(_pass_inside, setup_context=_keep_inside)
 
 @torch.library.custom_op("intarsia::fake_quantize_channels", mutates_args=())
 def fake_quantize_channels(weight: Tensor, bits: int) -> Tensor:
-    """Weight (O, ...), each channel O rounded to ``bits`` bits, in its dtype; the gradient passes, nothing is clipped."""
+    """Weight (O, ...), each channel O rounded to ``bits`` bits, in its dtype; the gradient passes."""
     return reference.fake_quantize_channels(weight, bits).contiguous()
 
 
