@@ -44,7 +44,7 @@ class OnnxBackend(Backend):
     """
 
     name: ClassVar[str] = "onnx"
-    passes: ClassVar[tuple[str, ...]] = ("complex-to-real",)
+    passes: ClassVar[tuple[str, ...]] = ("complex-to-real", "blend-means")
     external_bytes: int = 1_500_000_000
     unpacked_bytes: int = 1 << 30
 

@@ -44,7 +44,7 @@ class TensorrtBackend(Backend):
     """
 
     name: ClassVar[str] = "tensorrt"
-    passes: ClassVar[tuple[str, ...]] = ("complex-to-real",)
+    passes: ClassVar[tuple[str, ...]] = ("complex-to-real", "blend-means")
     engine: bool = True
     level: int = 3
     tf32: bool = False

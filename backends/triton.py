@@ -44,7 +44,7 @@ class TritonBackend(Backend):
     """
 
     name: ClassVar[str] = "triton"
-    passes: ClassVar[tuple[str, ...]] = ("fuse-kernels(everywhere=True)", "tables-of-blocks")
+    passes: ClassVar[tuple[str, ...]] = ("fuse-kernels(everywhere=True)", "blend-means", "tables-of-blocks")
     architectures: str = ""
     graphs: bool = True
 

@@ -46,7 +46,7 @@ class TvmBackend(Backend):
     """
 
     name: ClassVar[str] = "tvm"
-    passes: ClassVar[tuple[str, ...]] = ("fuse-kernels(everywhere=True)",)
+    passes: ClassVar[tuple[str, ...]] = ("fuse-kernels(everywhere=True)", "blend-means")
     trials: int = 0
     database: str = ""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import TypeVar
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, TypeVar
 
 from .errors import SpecError
 
@@ -49,7 +49,7 @@ T = TypeVar("T")
 def spec_of(name: str, instance: object) -> Spec:
     """The notation of a frozen dataclass: ``name`` with the fields that differ from their defaults."""
     changed: dict[str, Literal] = {}
-    for f in fields(instance):  # type: ignore[arg-type]
+    for f in _arguments(instance):
         value = getattr(instance, f.name)
         if f.default is MISSING or value != f.default:
             changed[f.name] = value
@@ -58,7 +58,7 @@ def spec_of(name: str, instance: object) -> Spec:
 
 def construct(cls: type[T], spec: Spec) -> T:
     """``cls`` with the arguments of ``spec``; SpecError names an unknown, missing or mistyped key."""
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name: f for f in _arguments(cls)}
     for key, value in spec.args.items():
         if key not in known:
             raise SpecError(f"{spec.name}: unknown key {key!r}; it takes {', '.join(known) or 'no arguments'}")
@@ -72,6 +72,11 @@ def construct(cls: type[T], spec: Spec) -> T:
         return cls(**spec.args)
     except (ValueError, TypeError) as error:
         raise SpecError(f"{spec}: {error}") from error
+
+
+def _arguments(described: object) -> list[Field[Any]]:
+    """The fields of a dataclass or an instance of one, those that can only be named behind the others."""
+    return sorted(fields(described), key=lambda f: bool(f.kw_only))  # type: ignore[arg-type]
 
 
 def _fits(value: Literal, default: object) -> bool:

@@ -177,7 +177,7 @@ class SparseAttention(Pass):
             return Node("aten.zeros_like", {"self": operands["query"]}, (output,), node.source)
         block = self.block_of(site.layout)
         try:
-            blocks, order = _texts(option, site.layout, block)
+            blocks, order, mean = _texts(option, site.layout, block)
         except (UsageError, SpecError) as error:
             raise PlanError(f"{self.name}: %{node.name}: {error}") from error
         args = {
@@ -188,7 +188,7 @@ class SparseAttention(Pass):
             "block_q": block,
             "block_k": block,
             "scale": node.args.get("scale"),
-        }
+        } | ({"mean": mean} if mean else {})
         return Node(OP, args, (output,), node.source)
 
 
@@ -204,11 +204,11 @@ def _sites(graph: Graph, tokens: TokenLayout | None) -> tuple[Site, ...]:
 
 
 @lru_cache(maxsize=4096)
-def _texts(option: str, layout: TokenLayout, block: int) -> tuple[str, str | None]:
-    """The table of blocks and the order of tokens of a pattern, as the operator takes them."""
+def _texts(option: str, layout: TokenLayout, block: int) -> tuple[str, str | None, float]:
+    """The table of blocks, the order of tokens and the share of the mean of a pattern, as the operator takes them."""
     pattern = find_pattern(option)
     order = pattern.order(layout)
-    return str(pattern.table(layout, block, block)), None if order is None else str(order)
+    return str(pattern.table(layout, block, block)), None if order is None else str(order), pattern.mean
 
 
 def groups_of(options: Sequence[str]) -> list[list[int]]:

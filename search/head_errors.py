@@ -1,4 +1,4 @@
-"""What each pattern loses at each head: at the head itself, or in the network's answer."""
+"""All heads with what each may be, what that costs and gives, and the network with heads changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from intarsia.ir.program import Program
 from intarsia.ir.target import Target
 from intarsia.ir.tokens import TokenLayout
 from intarsia.ir.types import TensorType
+from intarsia.kernels.block_sparse_attention.reference import mean_value
 from intarsia.passes.attention_sites import Site
+from intarsia.passes.patterns.base import find_pattern
 from intarsia.passes.patterns.masks import Mask
 from intarsia.passes.sparse_attention import DENSE, SKIP, SparseAttention, places
 from intarsia.search.head_table import ABSENT, Floats
@@ -128,7 +130,8 @@ class Heads:
         scale = cast("float | None", self.graph.producers[site.name].args.get("scale"))
         found = scaled_dot_product_attention(query[:, :, rows], key, value, attn_mask=mask, scale=scale)
         found = found if mask is None else torch.where(mask.any(-1, keepdim=True), found, torch.zeros_like(found))
-        return found[:, 0]
+        mean = 0.0 if option == DENSE else find_pattern(option).mean
+        return found[:, 0] * (1 - mean) + mean_of(site, head, table) * mean if mean else found[:, 0]
 
     def costs(self, unit: str) -> Floats:
         """What each option costs (N, O) a step: ``density``, the share of all heads' pairs, or ``seconds``, predicted.
@@ -239,71 +242,10 @@ def sampled_rows(tokens: int, count: int) -> Tensor:
     return ((torch.arange(count, dtype=torch.float64) + 0.5) * tokens / count).long()
 
 
-def output_errors(
-    program: Program,
-    batches: Sequence[Batch],
-    heads: Heads,
-    *,
-    guide: Callable[[Tensor], Tensor],
-    probes: int,
-    seed: int,
-) -> Floats:
-    """For each head and option (N, O) the relative squared error of the guided answer, to first order.
-
-    With J the derivative of the answer by a site's result and d what an option changes of it, the squared error is
-    ``|J d|^2``, which is the mean of ``(v . J d)^2`` over random signs v; one backward pass for each v serves all heads
-    and options. Source: Hutchinson's estimator, as HAWQ-V2 (arXiv 1911.03852) uses it for traces.
-
-    Args:
-        guide: From the rows of one call's answer to what is kept of them, linear.
-        probes: Random sign vectors for each call.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    errors, norm = np.zeros((len(heads.places), heads.width)), 0.0
-    errors[:] = np.where(np.arange(heads.width) < np.array([[len(options)] for options in heads.options]), 0.0, ABSENT)
-    for batch in batches:
-        results: dict[str, Tensor] = {}
-        operands: dict[str, Mapping[str, Tensor]] = {}
-
-        def answer(
-            site: Site,
-            tables: Sequence[Mapping[str, Any]],
-            results: dict[str, Tensor] = results,
-            operands: dict[str, Mapping[str, Tensor]] = operands,
-        ) -> Sequence[Tensor]:
-            (table,) = tables
-            operands[site.name] = {name: table[name].detach() for name in _operand_names(site)}
-            found = dense_answer(site, table, heads.graph)
-            results[site.name] = found if found.requires_grad else found.detach().requires_grad_()
-            return [results[site.name]]
-
-        with torch.enable_grad():
-            guided = guide(walk(program, [batch], heads.sites, answer)[0].float())
-        norm += float(guided.detach().double().square().sum())
-        wanted = [results[site.name] for site in heads.sites]
-        slopes: list[tuple[Tensor, ...]] = []
-        for number in range(probes):
-            signs = torch.randint(0, 2, guided.shape, generator=generator).to(guided) * 2 - 1
-            again = number + 1 < probes
-            along_signs = (guided * signs).sum()
-            slopes.append(torch.autograd.grad(along_signs, wanted, retain_graph=again, materialize_grads=True))
-        with torch.no_grad():
-            for place, site in enumerate(heads.sites):
-                dense, table = results[site.name].detach(), operands[site.name]
-                for head, option, changed in _changed(site, table, heads):
-                    moved = changed - dense[:, head]
-                    along = [float((slope[place][:, head] * moved).sum()) for slope in slopes]
-                    row = heads.first(site) + head
-                    errors[row, option] += float(np.square(along).mean())
-    return errors / max(norm, 1e-300)
-
-
-def _changed(site: Site, table: Mapping[str, Any], heads: Heads) -> Iterator[tuple[int, int, Tensor]]:
-    """Head, number of the option and what the head gives with it (B, S, D), for all options but the first."""
-    rows = torch.arange(site.layout.tokens)
-    for head, options in enumerate(heads.of_site(site)):
-        for number, option in enumerate(options[1:], start=1):
-            yield head, number, heads.result(site, head, option, table, rows=rows)
+def mean_of(site: Site, head: int, table: Mapping[str, Any]) -> Tensor:
+    """The mean of a head's values over the keys that are attended to (B, 1, D)."""
+    lengths = table[site.lengths] if site.lengths else None
+    return mean_value(table[site.value][:, head : head + 1], lengths)[:, 0]
 
 
 @lru_cache(maxsize=64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from intarsia.search.head_errors import output_errors
+from intarsia.passes.patterns.base import find_pattern
+from intarsia.passes.sparse_attention import DENSE
+from intarsia.search.head_moments import Moments, output_moments
 from intarsia.search.head_study import Decided, HeadStudy, served
 from intarsia.search.head_table import Choice, Floats, HeadTable, load_errors
 from intarsia.search.search import EFFORTS
@@ -22,6 +25,9 @@ DRIFTS = {"quick": (3.0,), "default": (0.0, 1.5, 3.0, 4.5), "full": (0.0, 1.0, 2
 Phases made sparse one at a time do not tell: an answer that left its course early goes on from another place, so errors
 of many phases together do more than add up, the more the earlier they are.
 """
+
+SHARE = 0.05
+"""Step of the shares of the mean: heads that are alike get texts that are alike."""
 
 PROBE_DENSITY = 0.25
 """Share of the pairs at which a phase alone is tried, to see what its errors do to the whole answer."""
@@ -79,7 +85,7 @@ class ExactStudy(HeadStudy):
 
     def _transfer(self, table: HeadTable, choice: Choice) -> dict[str, object]:
         """How far the choice serves prompts and noise that it was not made on: what those would have chosen."""
-        other = self._table("validation", table.options).weighted(self._weights)
+        other = self._table("validation").weighted(self._weights)
         other = _tilted(other, self._drift)
         theirs, _ = other.exact(table.cost(choice) * (1 + 1e-9))
         mine = next(t for t in self.trials if t.selection == tuple(choice.reshape(-1).tolist()))
@@ -95,24 +101,47 @@ class ExactStudy(HeadStudy):
     def table(self) -> HeadTable:
         """Errors on calibration noise, each phase weighted by what its errors do to the whole answer."""
         if not self.how.table:
-            return self._table("calibration", self.heads.options).weighted(self._weights)
+            return self._table("calibration").weighted(self._weights)
         errors = load_errors(
             Path(self.how.table), steps=self.steps, heads=len(self.heads.places), options=self.heads.width
         )
         phases = np.stack([errors[first : last + 1].sum(axis=0) for first, last in self.ranges])
         return HeadTable(self.ranges, self.heads.places, self.heads.options, phases, self.costs)
 
-    def _table(self, split: str, options: tuple[tuple[str, ...], ...]) -> HeadTable:
-        """First-order errors of the answer, phase by phase."""
+    def _table(self, split: str) -> HeadTable:
+        """First-order errors of the answer, phase by phase, on a split; means as calibration has them."""
+        errors = np.stack([moments.errors(self._shares) for moments in self._moments(split)])
+        return HeadTable(self.ranges, self.heads.places, self._options, errors, self.costs)
+
+    @cached_property
+    def _shares(self) -> Floats:
+        """What share of each option's result (N, O) is the mean of all values, the same in all phases."""
+        if not self.how.means:
+            return np.zeros_like(self.costs)
+        shares = (Moments.best(self._moments("calibration")) / SHARE).round() * SHARE
+        for row, options in zip(shares, self.heads.options, strict=True):
+            row[: len(options)] *= [option == DENSE or find_pattern(option).mean == 0 for option in options]
+        return np.asarray(shares)
+
+    @cached_property
+    def _options(self) -> tuple[tuple[str, ...], ...]:
+        """The options of each head, with these shares."""
+        return tuple(
+            tuple(_with_mean(option, share) for option, share in zip(options, row, strict=False))
+            for options, row in zip(self.heads.options, self._shares.tolist(), strict=True)
+        )
+
+    def _moments(self, split: str) -> Sequence[Moments]:
+        """First-order errors of the answer in each phase, for any share of the mean."""
         calls = self._calls(split)
         self.progress.start(f"errors of heads, {split}", len(calls))
-        errors = []
+        found = []
         for number, batches in enumerate(calls):
             told = f"{self.ranges} {number} {self.how.probes} {self.seed} {self.heads.fingerprint}"
-            key = self._key(f"errors {split} {told}")
+            key = self._key(f"moments {split} {told}")
             known = self.journal.get(key)
             if not isinstance(known, list):
-                found = output_errors(
+                moments = output_moments(
                     self._materialized,
                     batches,
                     self.heads,
@@ -120,19 +149,20 @@ class ExactStudy(HeadStudy):
                     probes=self.how.probes,
                     seed=self.seed,
                 )
-                known = [[None if np.isinf(e) else float(f"{e:.6g}") for e in row] for row in found]
+                known = [_rounded(part) for part in (moments.moved, moments.crossed, moments.means)]
                 self.journal.put(key, known)
-            errors.append(np.array([[np.inf if e is None else e for e in row] for row in known], dtype=np.float64))
+            parts = np.array([[[np.inf if e is None else e for e in row] for row in part] for part in known])
+            found.append(Moments(*parts))
             self.progress.advance()
             self.deadline.check()
-        return HeadTable(self.ranges, self.heads.places, options, np.stack(errors), self.costs)
+        return found
 
     @cached_property
     def _weights(self) -> Floats:
         """By how much a phase's errors move the whole answer: measured with that phase alone made sparse."""
         if len(self.ranges) == 1 or self.workload is None:
             return np.ones(len(self.ranges))
-        table = self._table("calibration", self.heads.options)
+        table = self._table("calibration")
         weights = []
         self.progress.start("weights of phases", len(self.ranges))
         for number in range(len(self.ranges)):
@@ -156,6 +186,17 @@ class ExactStudy(HeadStudy):
         """Whole answers with every head dense, on calibration noise."""
         dense = np.zeros((1, len(self.heads.places)), dtype=np.int64)
         return self._outputs(self._graphs(self._kept, dense), "calibration")
+
+
+def _with_mean(option: str, share: float) -> str:
+    """The pattern with this share of the mean."""
+    if option == DENSE or share == 0:
+        return option
+    return f"{option[:-1]}, mean={share:.2g})" if option.endswith(")") else f"{option}(mean={share:.2g})"
+
+
+def _rounded(part: Floats) -> list[list[float | None]]:
+    return [[None if np.isinf(e) else float(f"{e:.9g}") for e in row] for row in part]
 
 
 def _tilted(table: HeadTable, drift: float) -> HeadTable:

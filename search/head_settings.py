@@ -24,6 +24,8 @@ class HeadSearch:
             time or quality decides.
         seconds: Predicted time of one call, in the mean over steps, that may be taken; 0 if density or quality decides.
         probes: Random vectors for each calibration call, for ``exact``.
+        means: Whether the mean of all values makes up for what a pattern leaves out, in a share that calibration finds,
+            for ``exact``.
         score: ``relative`` or, as in the paper, ``mse``, for ``greedy``.
         epsilon: A head stays dense where every loss exceeds this, for ``greedy``; 0 finds the one that fits.
         weight: Of the cost in the loss, lambda in the paper.
@@ -39,6 +41,7 @@ class HeadSearch:
     density: float = 0.0
     seconds: float = 0.0
     probes: int = 4
+    means: bool = True
     score: str = "relative"
     epsilon: float = 0.0
     weight: float = 0.5

@@ -41,12 +41,13 @@ def block_sparse_attention(
     block_q: int,
     block_k: int,
     scale: float | None,
+    mean: float = 0.0,
 ) -> Tensor:
     """Attention that computes the blocks of a table only: (B, H, S, D), heads after tokens in memory.
 
     Shapes and meaning are those of ``reference.block_sparse_attention``.
     """
-    found = reference.block_sparse_attention(query, key, value, lengths, blocks, order, block_q, block_k, scale)
+    found = reference.block_sparse_attention(query, key, value, lengths, blocks, order, block_q, block_k, scale, mean)
     return found.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -61,6 +62,7 @@ def _(
     block_q: int,
     block_k: int,
     scale: float | None,
+    mean: float = 0.0,
 ) -> Tensor:
     torch._check(query.ndim == 4, lambda: f"block_sparse_attention: query is (B, H, S, D), found {query.ndim} axes")
     batch, heads, tokens, channels = query.shape
@@ -82,15 +84,17 @@ def _(
     block_q: int,
     block_k: int,
     scale: float | None,
+    mean: float = 0.0,
 ) -> Tensor:
     if reason := _misfit(blocks, order, (query.shape[2], key.shape[2]), (block_q, block_k)):
         raise ValueError(f"block_sparse_attention: {reason}")
     tables = tables_on(query.device, blocks, order, key.shape[2], block_k)
     arrays = {**tables._asdict(), "tokens": None if order is None else tables.tokens}
     attention = {"query": query, "key": key, "value": value, "lengths": lengths, "scale": scale}
-    return launch.run(
+    found = launch.run(
         "intarsia.block_sparse_attention_tables", {**attention, **arrays, "block_q": block_q, "block_k": block_k}
     )
+    return found if mean == 0 else found * (1 - mean) + reference.mean_value(value, lengths) * mean
 
 
 @torch.library.custom_op("intarsia::integers", mutates_args=())

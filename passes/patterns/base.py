@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from intarsia.ir import registry
-from intarsia.ir.errors import UsageError
+from intarsia.ir.errors import SpecError, UsageError
 from intarsia.ir.spec import Spec, construct, spec_of
 from intarsia.ir.tokens import TokenLayout
 from intarsia.kernels.block_sparse_attention.order import TokenOrder
@@ -42,10 +42,13 @@ class Pattern(ABC):
 
     Attributes:
         may_be_empty: Whether a query may attend to nothing, which gives zeros; otherwise ``table`` refuses it.
+        mean: Share of what a head gives that is the mean of all values, in place of what the blocks leave out; the
+            rest is attention to the blocks. Every pattern takes it: ``diagonal(density=0.25, mean=0.3)``.
     """
 
     name: ClassVar[str]
     may_be_empty: ClassVar[bool] = False
+    mean: float = field(default=0.0, kw_only=True)
 
     @abstractmethod
     def blocks(self, layout: TokenLayout, block_q: int, block_k: int) -> NDArray[np.bool_]:
@@ -80,12 +83,19 @@ def find_pattern(text: str) -> Pattern:
         SpecError: The notation, a key or a value is wrong.
     """
     if ".py:" in text:
-        return registry.from_file(text, Pattern, kind="pattern")  # type: ignore[type-abstract]
+        return _checked(registry.from_file(text, Pattern, kind="pattern"))  # type: ignore[type-abstract]
     spec = Spec.parse(text)
     found = registry.find(spec.name, PATTERNS, group=GROUP, kind="pattern")
     made = construct(found, spec)
     assert isinstance(made, Pattern)
-    return made
+    return _checked(made)
+
+
+def _checked(pattern: Pattern) -> Pattern:
+    """The pattern; SpecError unless its mean is a share."""
+    if not 0 <= pattern.mean <= 1:
+        raise SpecError(f"{pattern}: mean is {pattern.mean}; it is a share from 0 to 1")
+    return pattern
 
 
 @lru_cache(maxsize=128)

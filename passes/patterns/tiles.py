@@ -19,8 +19,7 @@ Box = tuple[int, int, int]
 
 def check_box(key: str, box: object) -> None:
     """ValueError unless it is three whole numbers from 1 on."""
-    whole = isinstance(box, tuple) and len(box) == 3 and all(type(extent) is int for extent in box)
-    if not whole or min(box) < 1:  # type: ignore[arg-type]
+    if not (isinstance(box, tuple) and len(box) == 3 and all(type(extent) is int and extent > 0 for extent in box)):
         raise ValueError(f"{key} is {box!r}; it is three whole numbers from 1 on, such as (3, 3, 3)")
 
 
@@ -55,7 +54,7 @@ class Tiles:
         video = order[(order >= 0) & (order < self.layout.video)]
         frames, places = np.divmod(video, self.layout.frame)
         rows, columns = np.divmod(places, self.layout.width)
-        return np.stack([frames, rows, columns], axis=1) // np.array(self.tile)
+        return np.asarray(np.stack([frames, rows, columns], axis=1) // np.array(self.tile))
 
     @property
     def _extents(self) -> Box:

@@ -194,6 +194,19 @@ def test_each_head_gets_exactly_its_mask(layer: Program, target: Target, options
         assert bool(mask[head].all()) == (option == "dense")
 
 
+def test_heads_that_name_a_mean_mix_the_mean_of_their_values_in(layer: Program, target: Target) -> None:
+    (site,) = sites(layer.graph)
+    inputs = example_inputs(layer.graph)
+    options = on("diagonal(density=0.5, mean=0.3)", "skip(mean=1)", "skip(mean=0.5)", "diagonal(density=0.5)")
+    changed = Program(SPARSE.run(layer.graph, target, options), layer.weights)
+    (found,) = inner(changed, ["y"], inputs)
+    plain = oracle(layer, site, inputs, attended(site, options, 16))
+    plain[:, 1:3] = 0
+    (value,) = inner(layer, [site.value], inputs)
+    shares = torch.tensor([0.3, 1, 0.5, 0])[:, None, None]
+    assert torch.allclose(found, (1 - shares) * plain + shares * value.mean(2, keepdim=True), atol=1e-5)
+
+
 def without_video() -> Graph:
     """The layer on tokens of unknown origin."""
     given = "  input %video: f32[2, 4, 4, 4, 4]\n  param %patch: f32[16, 4, 1, 1, 1]"

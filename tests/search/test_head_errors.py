@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -14,9 +15,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program, materialize
 from intarsia.ir.target import load_target
+from intarsia.passes.patterns.base import find_pattern
 from intarsia.passes.sparse_attention import DENSE, SKIP, SparseAttention
-from intarsia.search.head_errors import Heads, output_errors, sampled_rows, walk
+from intarsia.search.head_errors import Heads, sampled_rows, walk
 from intarsia.search.head_mass import attention_mass
+from intarsia.search.head_moments import Moments, output_moments
 
 TARGET = load_target("cpu-avx2")
 SPARSE = SparseAttention(
@@ -85,7 +88,7 @@ def every_sign(monkeypatch: pytest.MonkeyPatch, width: int) -> int:
     """Let probes run through all sign vectors of an answer (1, width), one after the other; how many there are."""
     vectors = [torch.tensor([signs]) for signs in product((0, 1), repeat=width)]
     endless = iter(vectors * 100)
-    monkeypatch.setattr("intarsia.search.head_errors.torch.randint", lambda *_, **__: next(endless))
+    monkeypatch.setattr("intarsia.search.head_moments.torch.randint", lambda *_, **__: next(endless))
     return len(vectors)
 
 
@@ -95,10 +98,46 @@ def test_with_all_sign_vectors_the_errors_are_exactly_those_of_the_changed_answe
     program, batches = readout(3), [video(0), video(1)]
     heads = heads_of(program)
     probes = every_sign(monkeypatch, 3)
-    found = output_errors(program, batches, heads, guide=lambda rows: rows, probes=probes, seed=0)
+    found = output_moments(program, batches, heads, guide=lambda rows: rows, probes=probes, seed=0).errors()
     expected = whole_errors(program, batches, heads, lambda rows: rows)
     assert expected[:, 1:].min() > 1e-3
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_errors_for_any_share_of_the_mean_are_those_of_the_answer_with_that_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program, batches = readout(3), [video(0), video(1)]
+    heads = heads_of(program)
+    shares = np.random.default_rng(0).random((len(heads.places), heads.width)).round(2)
+    blended = tuple(
+        tuple(
+            option if option == DENSE else with_mean(option, share) for option, share in zip(options, row, strict=True)
+        )
+        for options, row in zip(heads.options, shares.tolist(), strict=True)
+    )
+    expected = whole_errors(program, batches, replace(heads, options=blended), lambda rows: rows)
+    moments = output_moments(
+        program, batches, heads, guide=lambda rows: rows, probes=every_sign(monkeypatch, 3), seed=0
+    )
+    assert moments.errors(shares) == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_the_best_share_is_that_of_the_least_error_over_all_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = readout(3)
+    heads = heads_of(program)
+    probes = every_sign(monkeypatch, 3)
+    phases = [
+        output_moments(program, [video(seed)], heads, guide=lambda rows: rows, probes=probes, seed=0) for seed in (0, 1)
+    ]
+    best = Moments.best(phases)
+    tried = np.stack([sum(one.errors(share) for one in phases) for share in np.linspace(0, 1, 101)])
+    assert best[:, 1:] == pytest.approx(tried.argmin(axis=0)[:, 1:] / 100, abs=0.006)
+    assert best[:, 1:].max() > 0.1
+
+
+def with_mean(option: str, share: float) -> str:
+    return option if option == DENSE else str(replace(find_pattern(option), mean=share))
 
 
 def test_random_probes_come_near_those_errors(denoiser: Program) -> None:
@@ -106,7 +145,7 @@ def test_random_probes_come_near_those_errors(denoiser: Program) -> None:
     heads = heads_of(program)
     expected = whole_errors(program, batches, heads, lambda rows: rows)
     for seed in (0, 1):
-        found = output_errors(program, batches, heads, guide=lambda rows: rows, probes=400, seed=seed)
+        found = output_moments(program, batches, heads, guide=lambda rows: rows, probes=400, seed=seed).errors()
         assert found == pytest.approx(expected, rel=0.35)
 
 
@@ -117,7 +156,7 @@ def test_a_guide_is_part_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     def guide(rows: Tensor) -> Tensor:
         return rows[:, :2] - 3 * rows[:, 2:]
 
-    found = output_errors(program, batches, heads, guide=guide, probes=every_sign(monkeypatch, 2), seed=0)
+    found = output_moments(program, batches, heads, guide=guide, probes=every_sign(monkeypatch, 2), seed=0).errors()
     assert found == pytest.approx(whole_errors(program, batches, heads, guide), rel=1e-4)
 
 
@@ -134,7 +173,7 @@ def test_behind_more_layers_the_errors_are_the_first_order_of_the_answers(
     def guide(rows: Tensor) -> Tensor:
         return rows.flatten(1) @ weigh.T
 
-    found = output_errors(program, [batch], heads, guide=guide, probes=every_sign(monkeypatch, 2), seed=0)
+    found = output_moments(program, [batch], heads, guide=guide, probes=every_sign(monkeypatch, 2), seed=0).errors()
     wide = {name: tensor.double() for name, tensor in program.weights.items()}
     doubled = Program(program.graph, wide)
     weigh, batch = weigh.double(), tuple(tensor.double() for tensor in batch)
@@ -167,7 +206,7 @@ def test_heads_that_the_answer_does_not_come_from_lose_nothing(denoiser: Program
     program = materialize(Program(graph, denoiser.weights))
     heads = heads_of(program)
     batch = (torch.ones(1, 2, 4, 4, 4), torch.tensor([0.5]))
-    found = output_errors(program, [batch], heads, guide=lambda rows: rows, probes=2, seed=0)
+    found = output_moments(program, [batch], heads, guide=lambda rows: rows, probes=2, seed=0).errors()
     assert found[:2, 1:].min() > 0
     assert found[2:].max() == 0
 
@@ -176,7 +215,7 @@ def test_an_option_that_some_heads_lack_is_infinite_there(denoiser: Program) -> 
     heads = heads_of(denoiser)
     fewer = Heads(heads.pass_, heads.graph, heads.sites, (heads.options[0][:2], *heads.options[1:]), TARGET, {})
     batch = (torch.ones(1, 2, 4, 4, 4), torch.tensor([0.5]))
-    found = output_errors(materialize(denoiser), [batch], fewer, guide=lambda rows: rows, probes=1, seed=0)
+    found = output_moments(materialize(denoiser), [batch], fewer, guide=lambda rows: rows, probes=1, seed=0).errors()
     assert np.isinf(found[0, 2:]).all()
     assert np.isfinite(found[1:]).all()
     assert np.isinf(fewer.costs("density")[0, 2:]).all()
