@@ -7,22 +7,23 @@ Traces on the meta device; runs on any CPU in under two minutes. ``--quick`` sol
 What the paper counts (arXiv 2011.10680, table 1)
     Size is the weights of convolutions and linear layers, without biases, batch norms and scales, in MiB, which it
     calls MB. BOPS is weight bits x activation bits x multiply-adds of these layers for one picture, in units of 1e9.
-    The first convolution and the classifier have 8 bits in every row but W32A32. By this rule its W32A32 rows come out
-    too: 1858 = 1,024 x 1.814 G multiply-adds for ResNet-18.
+    The first convolution and the classifier have 8 bits in every row but W32A32. By this rule its W32A32 rows come
+    out too: 1858 = 1,024 x 1.814 G multiply-adds for ResNet-18.
 
 Which networks
     Its authors trained pytorchcv's. Their ResNet-50 strides in the first 1x1 convolution of a stage: its 3.86 G
-    multiply-adds are those in their notebook (ILP.ipynb). ``resnet50`` here is that network, in transformers' class. Our
-    model ``resnet50``, as torchvision's, strides in the 3x3 convolution, 4.09 G (``bops_g_resnet50_stride_3x3_*``; the
-    sizes are equal). InceptionV3 is without its auxiliary classifier.
+    multiply-adds are those in their notebook (ILP.ipynb). ``resnet50`` here is that network, in transformers' class.
+    Our model ``resnet50``, as torchvision's, strides in the 3x3 convolution, 4.09 G
+    (``bops_g_resnet50_stride_3x3_*``; the sizes are equal). InceptionV3 is without its auxiliary classifier.
 
 What differs
-    Table 1 prints whole G. W4A4 of ResNet-18 is 34.71 by the rule and 34 in the table, 2.1 % less: the only figure that is
-    off by more than 1 %. No one rule gives 116 and 34. Without the three convolutions on shortcuts the two are 114.9 and
-    34.4 (``bops_g_resnet18_without_shortcuts_*``); so counted and cut off to whole G are six of ResNet-18's nine mixed
-    rows in table 2, and its 114 of INT8. The sizes of all nine are, to the digit, the rule plus 0.164 MiB, the same three
-    convolutions in 8 bits once more (``mixed_sizes_matching``). Table 1's 24.5 and 97.8 MB of ResNet-50 are 0.7 and
-    0.5 % more than its weights, of which batch norms with their statistics would be 0.4; its 13.1 is the weights alone.
+    Table 1 prints whole G. W4A4 of ResNet-18 is 34.71 by the rule and 34 in the table, 2.1 % less: the only figure
+    that is off by more than 1 %. No one rule gives 116 and 34. Without the three convolutions on shortcuts the two
+    are 114.9 and 34.4 (``bops_g_resnet18_without_shortcuts_*``); so counted and cut off to whole G are six of
+    ResNet-18's nine mixed rows in table 2, and its 114 of INT8. The sizes of all nine are, to the digit, the rule
+    plus 0.164 MiB, the same three convolutions in 8 bits once more (``mixed_sizes_matching``). Table 1's 24.5 and
+    97.8 MB of ResNet-50 are 0.7 and 0.5 % more than its weights, of which batch norms with their statistics would be
+    0.4; its 13.1 is the weights alone.
 
 The integer program
     ``tests/search/data/hawqv3_resnet18_ilp.json`` holds the notebook's numbers for ResNet-18 and the nine published

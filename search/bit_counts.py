@@ -13,10 +13,6 @@ from intarsia.ir.sizes import evaluate
 from intarsia.search.bit_layers import Layer, Problem, bits
 from intarsia.search.work import CONVOLUTIONS, node_work
 
-LINEAR = frozenset({"aten.linear", "aten.addmm", "aten.mm"})
-FACTORS: Mapping[str, tuple[str, str]] = {"aten.addmm": ("mat1", "mat2"), "aten.mm": ("self", "mat2")}
-"""What an operator calls its input and its weight where that is not ``input`` and ``weight``."""
-
 FIRST_AND_LAST = "w8a8"
 """The bits of the first and the last layer, whatever the others have. Source: HAWQ-V3, section 4."""
 
@@ -129,9 +125,9 @@ def problem(
 def _factors(node: Node) -> tuple[str, str] | None:
     """The names of input and weight of a convolution or linear layer; None for anything else."""
     ours = node.op.startswith(("intarsia.linear_", "intarsia.conv2d_"))
-    if not ours and node.op not in CONVOLUTIONS and node.op not in LINEAR:
+    if not ours and node.op not in CONVOLUTIONS and node.op != "aten.linear":
         return None
-    value, weight = (node.args.get(arg) for arg in FACTORS.get(node.op, ("input", "weight")))
+    value, weight = node.args.get("input"), node.args.get("weight")
     return (value.name, weight.name) if isinstance(value, Ref) and isinstance(weight, Ref) else None
 
 
