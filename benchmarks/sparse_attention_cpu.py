@@ -29,10 +29,18 @@ HEADS, CHANNELS, BLOCK, DENSITY = 2, 64, 128, 0.25
 LAYOUTS = {4096: (16, 16, 16), 8192: (32, 16, 16), 16_384: (16, 32, 32)}
 """Frames, rows and columns of a video of so many tokens."""
 
-MODES = {"diagonal": "diagonal", "multi_diagonal": "multi-diagonal", "stripe": "vertical-stripe"}
+MODES = {
+    "diagonal": f"diagonal(density={DENSITY})",
+    "multi_diagonal": f"multi-diagonal(density={DENSITY})",
+    "stripe": f"vertical-stripe(density={DENSITY})",
+}
 """Those of Sparse-vDiT, whose slowest is the figure of a length."""
 
-PATTERNS = {**MODES, "radial": "radial"}
+PATTERNS = {
+    **MODES,
+    "radial": f"radial(density={DENSITY})",
+    "tiles": f"tile-offsets(density={DENSITY}, tile=(2, 8, 8), offsets='0.0.0,1.0.0,-2.1.0,3.0.1,0.-1.1')",
+}
 
 TOLERANCE = 1e-5
 """Largest difference in f32 between an engine and PyTorch."""
@@ -66,8 +74,7 @@ def _figures(tokens: int, sizes: tuple[int, int, int], *, rounds: int) -> dict[s
     from intarsia.passes.patterns.masks import Mask
 
     layout = TokenLayout(*sizes)
-    found = {name: find_pattern(f"{text}(density={DENSITY})") for name, text in PATTERNS.items()}
-    masks = {name: Mask(pattern, layout, BLOCK, BLOCK) for name, pattern in found.items()}
+    masks = {name: Mask(find_pattern(text), layout, BLOCK, BLOCK) for name, text in PATTERNS.items()}
     graphs = {"dense": _dense(layout), **{name: _sparse(mask) for name, mask in masks.items()}}
     with tempfile.TemporaryDirectory() as folder:
         seconds = in_turns({name: _call(graph, Path(folder) / name) for name, graph in graphs.items()}, rounds=rounds)
