@@ -96,12 +96,12 @@ def measure(quick: bool) -> Figures:
     from intarsia.search.bit_counts import bops, counts, size_mib, uniform
 
     figures: dict[str, float] = {}
-    for name, traced in GRAPHS.items():
-        found = counts(traced())
+    layers = {name: counts(traced()) for name, traced in GRAPHS.items()}
+    for name, found in layers.items():
         for option in OPTIONS:
             chosen = uniform(found, option)
             figures |= _counted(name, option, size_mib(found, chosen), bops(found, chosen) / 1e9)
-    ours, resnet18 = counts(_trace("resnet50")), counts(_trace("resnet18"))
+    ours, resnet18 = counts(_trace("resnet50")), layers["resnet18"]
     main_path = [count for count in resnet18 if "shortcut" not in count.name]
     for option in OPTIONS:
         figures[f"bops_g_resnet50_stride_3x3_{option}"] = bops(ours, uniform(ours, option)) / 1e9

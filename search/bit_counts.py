@@ -54,16 +54,16 @@ def counts(graph: Graph, sizes: Mapping[str, int] | None = None) -> tuple[Count,
     return tuple(found)
 
 
-def ties(found: Sequence[Count]) -> tuple[tuple[int, ...], ...]:
-    """Layers, by number, that must have the same bits: those that read the same value, or have the same weights.
+def ties(found: Sequence[Count]) -> tuple[tuple[str, ...], ...]:
+    """Layers, by name, that must have the same bits: those that read the same value, or have the same weights.
 
     The value is quantized once. In a residual network these are the first convolution of a unit and the one on its
-    shortcut. Source: HAWQ-V3, section 3.2.
+    shortcut. Source: HAWQ-V3's notebook (github.com/Zhen-Dong/HAWQ), ILP.ipynb.
     """
-    readers: dict[tuple[str, str], list[int]] = {}
-    for number, count in enumerate(found):
-        readers.setdefault(("input", count.input), []).append(number)
-        readers.setdefault(("weight", count.weight), []).append(number)
+    readers: dict[tuple[str, str], list[str]] = {}
+    for count in found:
+        readers.setdefault(("input", count.input), []).append(count.name)
+        readers.setdefault(("weight", count.weight), []).append(count.name)
     return tuple(tuple(group) for group in readers.values() if len(group) > 1)
 
 
@@ -92,7 +92,7 @@ def problem(
     found: Sequence[Count],
     perturbation: Mapping[str, Mapping[str, float]],
     *,
-    tied: Sequence[Sequence[int]] | None = None,
+    tied: Sequence[Sequence[str]] | None = None,
     seconds: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Problem:
     """The integer program's problem of these layers.
@@ -100,13 +100,15 @@ def problem(
     Args:
         found: The network's layers.
         perturbation: By layer and option; a layer that is absent keeps the bits of ``FIRST_AND_LAST``.
-        tied: Layers that must agree, by number; ``ties(found)`` unless given.
+        tied: Layers that must agree, such as ``quantize-integer``'s ties; ``ties(found)`` unless given.
         seconds: Of one call, by layer and option, where they are known.
 
     Raises:
-        UsageError: A perturbation of a layer that is not in ``found``.
+        UsageError: A perturbation or a tie of a layer that is not in ``found``.
     """
-    if unknown := perturbation.keys() - {count.name for count in found}:
+    groups = ties(found) if tied is None else tied
+    numbers = {count.name: number for number, count in enumerate(found)}
+    if unknown := {*perturbation, *(name for group in groups for name in group)} - numbers.keys():
         raise UsageError(f"bits: {', '.join(sorted(unknown))} is no convolution or linear layer of the graph")
     layers = tuple(
         Layer(
@@ -118,8 +120,7 @@ def problem(
         )
         for count in found
     )
-    groups = ties(found) if tied is None else tied
-    return Problem(layers, tuple(tuple(group) for group in groups))
+    return Problem(layers, tuple(tuple(numbers[name] for name in group) for group in groups))
 
 
 def _factors(node: Node) -> tuple[str, str] | None:

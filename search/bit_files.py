@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from intarsia.ir.errors import UsageError
 from intarsia.search.bit_layers import MEASURES, Layer, Problem
@@ -155,7 +156,7 @@ def _name_faults(names: object, count: int) -> Iterator[str]:
         yield f"names has {len(names)} entries, {NUMBERS[0]} has {count}"
 
 
-def _problem(data: Mapping[str, list[float]]) -> Problem:
+def _problem(data: Mapping[str, Any]) -> Problem:
     count = len(data[NUMBERS[0]])
     names = data.get("names") or [str(number) for number in range(count)]
     excluded = set(data.get("excluded", ()))
@@ -173,7 +174,7 @@ def _problem(data: Mapping[str, list[float]]) -> Problem:
             )
         )
     ties = data.get("tied", ())
-    return Problem(tuple(layers), tuple(tuple(int(number) for number in tie) for tie in ties))  # type: ignore[attr-defined]
+    return Problem(tuple(layers), tuple(tuple(tie) for tie in ties))
 
 
 def _kind(value: object) -> str:

@@ -58,9 +58,9 @@ def test_multiply_adds_grow_with_the_batch_and_weights_do_not():
 
 
 def test_layers_that_read_the_same_value_or_share_weights_are_tied():
-    assert ties(counts(Graph.parse(RESIDUAL), {"batch": 1})) == ((1, 3),)
+    assert ties(counts(Graph.parse(RESIDUAL), {"batch": 1})) == (("a", "short"),)
     shared = counts(Graph.parse(SHARED))
-    assert ties(shared) == ((0, 1),)
+    assert ties(shared) == (("one", "two"),)
     assert [count.parameters for count in shared] == [64, 0]
 
 
@@ -93,3 +93,5 @@ def test_a_problem_of_the_graph_keeps_ends_at_eight_bits_and_ties_the_shortcut()
 def test_a_perturbation_of_what_is_no_layer_is_refused():
     with pytest.raises(UsageError, match="sum is no convolution or linear layer of the graph"):
         problem(counts(Graph.parse(RESIDUAL), {"batch": 1}), {"sum": {"w8a8": 0.0}})
+    with pytest.raises(UsageError, match="sum is no convolution or linear layer of the graph"):
+        problem(counts(Graph.parse(RESIDUAL), {"batch": 1}), {}, tied=[("a", "sum")])
