@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from intarsia.ir.errors import PlanError
-from intarsia.ir.graph import Graph, Node, Ref, Value
+from intarsia.ir.graph import Arg, Graph, Node, Ref, Value
 from intarsia.ir.plan import Choices, Chosen
 from intarsia.ir.rewrite import fresh, renamed
 from intarsia.ir.target import Target
@@ -119,14 +119,14 @@ class _Rewriting:
         onto = self.values.wanted[node.name][name]
         args = {**node.args, "input": Ref(self._on(name, onto))}
         weight = self._value(f"{node.name}.w{bits}", node.ref("weight"))
-        rounding = {"weight": node.args["weight"], "bits": bits}
+        rounding: dict[str, Arg] = {"weight": node.args["weight"], "bits": bits}
         self.nodes.append(Node("intarsia.fake_quantize_channels", rounding, (weight,), node.source))
         args["weight"] = Ref(weight.name)
         if isinstance(bias := node.args.get("bias"), Ref):
             moved = self._value(f"{node.name}.bias", bias.name)
-            rounding = {"bias": bias, **rounding, "input_scale": onto.scale}
-            self.nodes.append(Node("intarsia.fake_quantize_bias", rounding, (moved,), node.source))
             args["bias"] = Ref(moved.name)
+            steps: dict[str, Arg] = {"bias": bias, **rounding, "input_scale": onto.scale}
+            self.nodes.append(Node("intarsia.fake_quantize_bias", steps, (moved,), node.source))
         return replace(node, args=args)
 
     def _value(self, name: str, like: str) -> Value:

@@ -65,8 +65,8 @@ def keeps_grid(node: Node) -> bool:
     """Whether the result lies on the grid of the operand, its codes being the same operator's result on codes."""
     if len(node.outputs) != 1:
         return False
-    if node.op == "aten.constant_pad_nd":
-        return node.args.get("value", 0) in (0, None)
+    if node.op in ("aten.constant_pad_nd", "aten.pad"):
+        return node.args.get("mode", "constant") == "constant" and node.args.get("value") in (0, None)
     if node.op == "aten.dropout":
         return node.args.get("train") is False
     return node.op in KEEPING

@@ -64,8 +64,8 @@ def plan_values(ranged: Ranged, input_bits: Mapping[str, int]) -> Values:
             ask(node, (name,), {name: _measured(name, ranged, input_bits[node.name])})
         elif role == SUM and (names := addends(node, ranged.graph)):
             ask(node, names, {name: _trunk(name, ranged) for name in names})
-        elif role == JOIN and (names := joined(node)):
-            ask(node, names, dict.fromkeys(names, kept[node.name]))
+        elif role == JOIN and (parts := joined(node)):
+            ask(node, parts, dict.fromkeys(parts, kept[node.name]))
         elif role == KEEPS and below:
             asked.setdefault(below, []).extend(one for one in asked.get(node.name, []) if one not in asked[below])
             loosely |= {below} if node.name in loosely else set()
@@ -99,7 +99,7 @@ def _roles(ranged: Ranged, input_bits: Mapping[str, int]) -> dict[str, str]:
             roles[node.name] = roles[below]
         elif (names := addends(node, graph)) and fits(names, result):
             roles[node.name] = SUM
-        elif (names := joined(node)) and fits(names, node.name):
+        elif (parts := joined(node)) and fits(parts, node.name):
             roles[node.name] = JOIN
         elif below not in roles or below is None:
             continue
