@@ -133,18 +133,18 @@ class ExactStudy(HeadStudy):
 
     def _moments(self, split: str) -> Sequence[Moments]:
         """First-order errors of the answer in each phase, for any share of the mean."""
-        calls = self._calls(split)
+        calls, heads = self._calls(split), self.heads
         self.progress.start(f"errors of heads, {split}", len(calls))
         found = []
         for number, batches in enumerate(calls):
-            told = f"{self.ranges} {number} {self.how.probes} {self.seed} {self.heads.fingerprint}"
+            told = f"{self.ranges} {number} {self.how.probes} {self.seed} {heads.fingerprint}"
             key = self._key(f"moments {split} {told}")
             known = self.journal.get(key)
             if not isinstance(known, list):
                 moments = output_moments(
                     self._materialized,
                     batches,
-                    self.heads,
+                    heads,
                     guide=self.loop.guide if self.loop else lambda rows: rows,
                     probes=self.how.probes,
                     seed=self.seed,
