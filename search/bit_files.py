@@ -154,6 +154,8 @@ def _name_faults(names: object, count: int) -> Iterator[str]:
         yield "names is a list with one text a layer"
     elif len(names) != count:
         yield f"names has {len(names)} entries, {NUMBERS[0]} has {count}"
+    elif twice := sorted({name for name in names if names.count(name) > 1}):
+        yield f"names has {twice[0]!r} more than once"
 
 
 def _problem(data: Mapping[str, Any]) -> Problem:

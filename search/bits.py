@@ -53,7 +53,7 @@ def solve(problem: Problem, limits: Mapping[str, float]) -> Solution:
     found = least(choices, perturbation, limits)
     if found is None:
         raise Infeasible("\n".join(_why_not(choices, limits)))
-    taken = sum((choices.column_costs(measure) / limit for measure, limit in limits.items()), 0 * perturbation)
+    taken = sum((choices.column_costs(name) / limit for name, limit in limits.items() if limit), 0 * perturbation)
     other = least(choices, taken, {**limits, "perturbation": choices.used(found, "perturbation")})
     return _solution(choices, found if other is None else other)
 

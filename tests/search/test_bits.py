@@ -97,6 +97,11 @@ def test_of_equal_perturbations_the_one_that_takes_less_is_chosen():
     assert solve(Problem((idle, layer("a", 100, 1.0))), {"size": 200}).bits == "01"
 
 
+def test_a_limit_of_nothing_is_kept_by_layers_that_take_nothing():
+    empty = Layer("empty", 0, 0, {"w4a4": 1.0, "w8a8": 0.5})
+    assert solve(Problem((empty,)), {"size": 0.0}).bits == "1"
+
+
 def test_a_limit_at_the_very_edge_is_kept_and_one_byte_below_it_too():
     layers = tuple(layer(str(n), 10**9 + n, 1.0 + n / 1000) for n in range(24))
     problem = Problem(layers)
@@ -206,6 +211,7 @@ def test_units_of_a_file_become_counts_and_seconds(tmp_path: Path):
         ({"tied": [0, 1]}, "tied is a list of lists of numbers of layers"),
         ({"excluded": [1.5]}, "excluded: expected numbers of layers, 0 to 1, found 1.5"),
         ({"names": ["one"]}, "names has 1 entries, hutchinson_trace has 2"),
+        ({"names": ["one", "one"]}, "names has 'one' more than once"),
     ],
 )
 def test_a_file_that_breaks_a_rule_is_refused_in_one_line(tmp_path: Path, changed: dict[str, object], said: str):
