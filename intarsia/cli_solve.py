@@ -13,7 +13,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="Solve an integer program from a file.",
-    no_args_is_help=True,
 )
 
 
@@ -34,7 +33,7 @@ def bits(
     ],
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Give each layer 4 or 8 bits: the least perturbation within the limits."""
+    """Choose 4 or 8 bits for each layer, within limits."""
     from intarsia.search.bit_files import read_limits, read_problem
     from intarsia.search.bits import shown
     from intarsia.search.bits import solve as solve_bits

@@ -79,7 +79,8 @@ def traces(
         seed: Another seed gives other vectors.
 
     Raises:
-        UsageError: No data, or data that is not finite.
+        UsageError: No data, data that is not finite, or weights on the meta device.
+        QualityError: A sample is not finite.
     Source: HAWQ-V2 (arXiv 1911.03852), section 3.1; PyHessian for the rule.
     """
     check(data, program.graph)

@@ -34,10 +34,12 @@ def test_what_cannot_be_kept_ends_with_code_2_and_says_by_how_much(intarsia: Run
     assert (result.exit_code, result.stdout, result.stderr) == (2, "", said)
 
 
-def test_no_limit_and_no_file_are_answered_in_one_line(intarsia: Run):
+def test_no_limit_no_program_and_no_file_are_answered_in_one_line(intarsia: Run):
     without = intarsia("solve", "bits", PUBLISHED)
     assert without.exit_code == 2
     assert "Missing option '--limit'" in without.stderr
+    alone = intarsia("solve")
+    assert (alone.exit_code, alone.stderr) == (2, "intarsia: Missing command; see intarsia solve --help\n")
     absent = intarsia("solve", "bits", "absent.json", "--limit", "size=0.5")
     assert absent.exit_code == 2
     assert absent.stderr == "intarsia: absent.json: cannot be read: No such file or directory\n"
