@@ -12,7 +12,7 @@ from intarsia.ir.spec import Spec
 from intarsia.passes.sparse_attention import DENSE, SKIP
 from intarsia.report_attention import short_names
 from intarsia.search.explain import noted
-from intarsia.search.explain_heads import Bargains, why_head
+from intarsia.search.explain_heads import Bargains, abridged, why_head
 from intarsia.search.weighed import Weighed
 
 MODES = (DENSE, SKIP, "diagonal", "multi-diagonal", "vertical-stripe", "tile-offsets")
@@ -72,7 +72,7 @@ def mode_of(option: str) -> str:
 
 def density_of(option: str) -> float | None:
     """The share of pairs that the pattern's text asks for; None if it has none."""
-    if option in (DENSE, SKIP):
+    if mode_of(option) in (DENSE, SKIP):
         return float(option == DENSE)
     try:
         found = Spec.parse(option.rpartition(".py:")[2]).args.get("density")
@@ -163,7 +163,7 @@ def _chosen_at(sites: Mapping[str, Sequence[str]], place: str) -> str:
 
 
 def _told(place: str, option: str, options: Sequence[Weighed], bargains: Bargains) -> str:
-    return f"{place}: {option}" + (f". {why_head(options, option, bargains)}" if options else "")
+    return f"{place}: {abridged(option)}" + (f". {why_head(options, option, bargains)}" if options else "")
 
 
 def _strength(option: str) -> float:
@@ -174,4 +174,4 @@ def _strength(option: str) -> float:
 
 def _percent(option: str) -> str:
     density = density_of(option)
-    return "" if density is None or option in (DENSE, SKIP) else f"{100 * density:.3g}"
+    return "" if density is None or mode_of(option) in (DENSE, SKIP) else f"{100 * density:.3g}"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from intarsia.search.explain_heads import abridged
+
 PARTS = 96
 """Parts, at most, into which tokens are pooled along each axis."""
 
@@ -74,7 +76,7 @@ def strip(layer: str, maps: Sequence[HeadMap | None], options: Sequence[str]) ->
 def _label(layer: str, head: int, one: HeadMap | None, option: str) -> MapLabel:
     left = head * (SIDE + GAP)
     kept = "" if one is None else f"keeps {one.kept:.0%}"
-    told = f"{layer}#{head}: {option}{f', {kept} of its attention' if kept else ''}"
+    told = f"{layer}#{head}: {abridged(option)}{f', {kept} of its attention' if kept else ''}"
     return MapLabel(left + 0.5, left + SIDE / 2, f"{head}: {short(option)}", kept, one is None, told)
 
 

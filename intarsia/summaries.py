@@ -212,10 +212,12 @@ def _steps(row: Row) -> str:
 
 def _options(row: Row) -> Lines:
     """A place with all its options; those of a head of attention have no weights, and change no bytes."""
+    from intarsia.search.explain_heads import abridged
+
     of_weights = "#" not in row.place
     options = [
         (
-            f"{option.option}{' *' if option.option == row.chosen else ''}",
+            f"{abridged(option.option)}{' *' if option.option == row.chosen else ''}",
             "not measured" if option.error is None else f"{option.error:.3g}",
             *([f"{option.bytes:+,}"] if of_weights else []),
             f"{1e6 * option.seconds:+.3g} us",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,10 @@ from intarsia.search.weighed import Weighed, share
 
 ALIKE = 0.02
 """Shares of time within which two patterns are told as equally cheap: columns of stripes are rounded to blocks."""
+
+
+_LIST = re.compile(r"'((?:[^',]+,){4}[^',]+)((?:,[^',]+)+)'")
+"""A list of more than five in quotes: the first five, and the others."""
 
 
 def site_of(place: str) -> str:
@@ -76,6 +81,11 @@ class Bargains:
         return cls(total if isinstance(total, float) else None, max(rates, default=None), _epsilon(plan))
 
 
+def abridged(option: str) -> str:
+    """A pattern's text for people, of long lists the beginning: ``offsets='0.0.0,1.0.0,-1.0.0 and 20 more'``."""
+    return _LIST.sub(lambda found: f"'{found[1]} and {found[2].count(',')} more'", option)
+
+
 def why_head(options: Sequence[Weighed], chosen: str, bargains: Bargains) -> str:
     """One clause: what the pattern saves and takes of the error, and what the next cheaper one would take.
 
@@ -88,7 +98,8 @@ def why_head(options: Sequence[Weighed], chosen: str, bargains: Bargains) -> str
     following = _next_cheaper(options, taken)
     if following is None:
         return f"{first}; nothing offered is cheaper"
-    return f"{first}; next, {following.option} would save {_saved(following)}{share(following.error, bargains.total)}"
+    more = f"{_saved(following)}{share(following.error, bargains.total)}"
+    return f"{first}; next, {abridged(following.option)} would save {more}"
 
 
 def _why_dense(options: Sequence[Weighed], bargains: Bargains) -> str:
@@ -97,15 +108,16 @@ def _why_dense(options: Sequence[Weighed], bargains: Bargains) -> str:
         return "stays dense: no pattern is predicted to be faster"
     if any(option.error is None for option in cheaper):
         most = min(cheaper, key=lambda option: option.seconds)
-        return f"stays dense; {most.option} would save most, {_saved(most)}; no search measured what it loses"
+        return f"stays dense; {abridged(most.option)} would save most, {_saved(most)}; no search measured what it loses"
     if bargains.epsilon is not None:
         least = min(cheaper, key=lambda option: option.error or 0.0)
         return (
-            f"stays dense: every pattern's loss exceeds epsilon, {bargains.epsilon:.3g}; {least.option} loses least "
-            f"and would save {_saved(least)}{share(least.error, bargains.total)}"
+            f"stays dense: every pattern's loss exceeds epsilon, {bargains.epsilon:.3g}; "
+            f"{abridged(least.option)} loses least and would save {_saved(least)}{share(least.error, bargains.total)}"
         )
     best = min(cheaper, key=lambda option: (option.error or 0.0) / -option.seconds)
-    told = f"stays dense; the best bargain, {best.option}, would save {_saved(best)}{share(best.error, bargains.total)}"
+    saved = f"{_saved(best)}{share(best.error, bargains.total)}"
+    told = f"stays dense; the best bargain, {abridged(best.option)}, would save {saved}"
     if bargains.paid is None or (best.error or 0.0) <= -bargains.paid * best.seconds:
         return f"{told}; the budget is kept without it"
     return f"{told}; other heads pay at most {_price(-bargains.paid * best.seconds, bargains.total)} for as much"

@@ -12,7 +12,7 @@ from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.target import load_target
 from intarsia.search.explain import explain, noted
-from intarsia.search.explain_heads import Bargains, why_head
+from intarsia.search.explain_heads import Bargains, abridged, why_head
 from intarsia.search.weighed import Weighed
 from intarsia.summaries import explained
 
@@ -38,6 +38,15 @@ def plan(*phases: tuple[int, int | None, dict[str, str]], **notes: object) -> Pl
 def entry(steps: list[int], place: str, *options: tuple[str, float, float]) -> dict[str, object]:
     listed = [{"option": o, "error": error, "seconds": seconds, "bytes": 0} for o, error, seconds in options]
     return {"steps": steps, "step": 0, "place": place, "options": listed}
+
+
+def test_long_lists_in_patterns_are_abridged_for_people() -> None:
+    long = "tile-offsets(density=0.5, tile=(1, 2, 8), offsets='0.0.0,0.1.0,0.-1.0,1.0.0,0.3.0,0.2.0,0.-2.0', mean=0.1)"
+    assert abridged(long) == (
+        "tile-offsets(density=0.5, tile=(1, 2, 8), offsets='0.0.0,0.1.0,0.-1.0,1.0.0,0.3.0 and 2 more', mean=0.1)"
+    )
+    short = "vertical-stripe(density=0.1, columns='0-3,5,7,9,10', sink=0)"
+    assert abridged(short) == short
 
 
 def test_heads_of_one_layer_cost_alike_and_are_told_in_order_of_execution():
