@@ -292,9 +292,36 @@ class Converters:
         tensors = [importer.env[given[key]] for key in ("input", "cos", "sin")]
         return _emit(importer, function, *tensors, *weight)
 
+    def concatenated(self, node: torch.fx.Node, importer: Any) -> Any:
+        """Tensors behind each other, with channels last where all of them have them so."""
+        from tvm import relax
+
+        given = nodes.arguments(node)
+        if any(one not in self.channels_last for one in given["tensors"]):
+            return importer.create_convert_map()[nodes.name(node)](node)
+        axis = _axis_with_channels_last(given["dim"], len(nodes.shape(node)))
+        parts = [self.channels_last[one] for one in given["tensors"]]
+        made = importer.block_builder.emit(relax.op.concat(parts, axis))
+        return self._with_channels_last(node, importer, made)
+
     def integer(self, node: torch.fx.Node, importer: Any, *, of: Callable[..., Any]) -> Any:
         """An integer operator: ``of`` gives the function and its tensors from what the call is given."""
-        given = nodes.arguments(node)
+        return self._integer(nodes.arguments(node), importer, of)
+
+    def integer_along(self, node: torch.fx.Node, importer: Any, *, of: Callable[..., Any]) -> Any:
+        """An integer operator on each element or on windows, channels last where one of its inputs has them so."""
+        given = dict(nodes.arguments(node))
+        inputs = {key: given[key] for key in ("input", "other") if key in given}
+        if not any(one in self.channels_last for one in inputs.values()):
+            return self._integer(given, importer, of)
+        given |= {key: self._last(one, importer) for key, one in inputs.items()}
+        if "axis" in given:
+            given["axis"] = _axis_with_channels_last(given["axis"], len(nodes.shape(node)))
+        if "kernel_size" in given:
+            given["axes"] = (1, 2)
+        return self._with_channels_last(node, importer, self._integer(given, importer, of))
+
+    def _integer(self, given: Mapping[str, Any], importer: Any, of: Callable[..., Any]) -> Any:
         values = {key: importer.env[arg] if isinstance(arg, torch.fx.Node) else arg for key, arg in given.items()}
         known = {key: self.constants.get(arg.name) for key, arg in given.items() if isinstance(arg, torch.fx.Node)}
         function, tensors = of(values, known)
@@ -302,10 +329,8 @@ class Converters:
 
     def integer_convolution(self, node: torch.fx.Node, importer: Any, *, of: Callable[..., Any]) -> Any:
         """An integer convolution, channels last."""
-        input = nodes.arguments(node)["input"]
-        before, importer.env[input] = importer.env[input], self._last(input, importer)
-        made = self.integer(node, importer, of=of)
-        importer.env[input] = before
+        given = nodes.arguments(node)
+        made = self._integer({**given, "input": self._last(given["input"], importer)}, importer, of)
         return self._with_channels_last(node, importer, made)
 
     def weight_only(self, node: torch.fx.Node, importer: Any, *, of: Callable[..., Any]) -> Any:
@@ -318,6 +343,11 @@ class Converters:
 def _emit(importer: Any, function: Callable[..., Any], *args: Any) -> Any:
     whole = getattr(function, "func", function)
     return importer.block_builder.emit_te(function, *args, primfunc_name_hint=whole.__name__)
+
+
+def _axis_with_channels_last(axis: int, rank: int) -> int:
+    """Where the axis of (N, C, ...) is in (N, ..., C)."""
+    return (0, rank - 1, *range(1, rank - 1))[axis % rank]
 
 
 def _add(importer: Any, left: Any, right: Any) -> Any:
@@ -379,6 +409,11 @@ OWN: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gated_residual.default": ("gated_residual", {}),
     "norm_rope.default": ("norm_rope", {}),
     **{f"{name}.default": ("integer", {"of": of}) for name, of in tvm_integers.OPERATORS.items()},
+    **{
+        f"{name}.default": ("integer_along", {"of": tvm_integers.OPERATORS[name]})
+        for name in ("quantize_static", "dequantize_static", "requantize", "add_requantized", "avg_pool2d_i8")
+    },
+    "cat.default": ("concatenated", {}),
     "conv2d_i8i8.default": ("integer_convolution", {"of": tvm_integers.OPERATORS["conv2d_i8i8"]}),
     "linear_i8.default": ("weight_only", {"of": tvm_integers.OPERATORS["linear_i8"]}),
     "linear_i4.default": ("weight_only", {"of": tvm_integers.OPERATORS["linear_i4"]}),

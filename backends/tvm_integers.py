@@ -1,4 +1,4 @@
-"""Integer operators for TVM, exact to the bit: products summed in i32, dyadic requantization in i64, packed int4."""
+"""Integer operators for TVM by their names, exact to the bit: scalings, and what products and packed weights take."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from intarsia.backends import tvm_integer_products as products
 from intarsia.backends import tvm_operators
-from intarsia.backends.tvm_operators import ROW_TILES, row_cost
-
-LANES = 8
-"""Sums in an AVX2 register."""
+from intarsia.backends.tvm_dyadic import Numbers, clipped, numbers, rounded
 
 CONSTANTS: Mapping[str, Sequence[str]] = {
     "intarsia.linear_i8i8": ("weight",),
@@ -32,39 +29,23 @@ Known = Mapping[str, "Tensor | None"]
 Call = tuple[Callable[..., Any], Sequence[Any]]
 """A tensor expression and its tensors; constants may still be PyTorch's."""
 
-
-def wrapping_sum(left: Any, right: Any) -> Any:
-    """The sum of two i32 modulo 2**32, as PyTorch adds; TVM takes signed sums to fit and would widen them."""
-    from tvm import tirx
-
-    return tirx.reinterpret("int32", tirx.reinterpret("uint32", left) + tirx.reinterpret("uint32", right))
+LARGEST: Mapping[str, int] = {"int8": 1 << 7, "int16": 1 << 15, "int32": 1 << 31}
+"""The largest magnitude of each element type."""
 
 
-def dyadic(total: Any, multiplier: Any, shift: Any) -> Any:
-    """``total`` i32 times ``multiplier`` / 2**``shift``, rounded half up and clipped to int8."""
-    from tvm import tirx
-
-    wide = shift.astype("int64")
-    one = tirx.const(1, "int64")
-    product = total.astype("int64") * multiplier.astype("int64") + (one << (wide - 1))
-    low, high = tirx.const(-128, "int64"), tirx.const(127, "int64")
-    return tirx.max(tirx.min(product >> wide, high), low).astype("int8")
-
-
-def quantize_static(input: Any, *, scale: float) -> Any:
-    """``input`` / ``scale`` in f32, rounded half to even and clipped to int8."""
+def quantize_static(input: Any, *, scale: float, low: int, high: int) -> Any:
+    """``input`` / ``scale`` in f32, rounded half to even and clipped to ``low`` and ``high``."""
     from tvm import tirx
 
     def code(x: Any) -> Any:
         rounded = tirx.nearbyint(x.astype("float32") / tirx.const(scale, "float32"))
-        low, high = tirx.const(-128.0, "float32"), tirx.const(127.0, "float32")
-        return tirx.max(tirx.min(rounded, high), low).astype("int8")
+        return clipped(rounded, low=low, high=high)
 
     return tvm_operators.elementwise(input, of=code, name="quantize_static")
 
 
 def dequantize_static(input: Any, *, scale: float, dtype: str) -> Any:
-    """``input`` i8 times ``scale``, computed in f32."""
+    """``input`` i8, i16 or i32 times ``scale``, computed in f32."""
     from tvm import tirx
 
     def real(x: Any) -> Any:
@@ -73,156 +54,27 @@ def dequantize_static(input: Any, *, scale: float, dtype: str) -> Any:
     return tvm_operators.elementwise(input, of=real, name="dequantize_static")
 
 
-def requantize(input: Any, multiplier: Any, shift: Any, *, axis: int) -> Any:
-    """``input`` i32 by the dyadic numbers along ``axis``: int8."""
+def requantize(input: Any, *dyadic: Any, axis: int, low: int, high: int) -> Any:
+    """``input`` i8, i16 or i32 by the dyadic numbers along ``axis``, or by one, clipped to ``low`` and ``high``."""
     from tvm import te
 
-    place = axis % len(input.shape)
-    return te.compute(
-        input.shape, lambda *i: dyadic(input[i], multiplier[i[place]], shift[i[place]]), name="requantize"
-    )
+    def code(*i: Any) -> Any:
+        return clipped(rounded(input[i], dyadic, i[axis]), low=low, high=high)
+
+    return te.compute(input.shape, code, name="requantize")
 
 
-def linear_i8i8(input: Any, packed: Any, multiplier: Any, shift: Any, *bias: Any) -> Any:
-    """Input i8 (..., M, C) times ``packed`` (R/8, C/2, 8, 2), summed in i32, requantized: i8 (..., M, R)."""
-    from tvm import te, tirx
-
-    *outer, lines, columns = (int(extent) for extent in input.shape)
-    _, pairs, width, _ = (int(extent) for extent in packed.shape)
-    rows = int(multiplier.shape[0])
-
-    tiled = whole_tiles(lines)
-
-    def wide(*i: Any) -> Any:
-        *batch, line, column = i
-        value = input[(*batch, line, column)].astype("int16")
-        inside = [line < lines] * (tiled > lines) + [column < columns] * (columns % 2)
-        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, "int16")) if inside else value
-
-    widened = te.compute((*outer, tiled, 2 * pairs), wide, name="padded")
-    column = te.reduce_axis((0, 2 * pairs), "column")
-
-    def term(*i: Any) -> Any:
-        *row, out = i
-        weight = packed[out // width, column // 2, out % width, column % 2]
-        return te.sum(widened[(*row, column)].astype("int32") * weight.astype("int32"), axis=column)
-
-    total = te.compute((*outer, tiled, _up(rows, width)), term, name="product_i8")
-    return _requantized(total, (*input.shape[:-1], rows), multiplier, shift, *bias)
-
-
-def conv2d_i8i8(
-    input: Any,
-    packed: Any,
-    multiplier: Any,
-    shift: Any,
-    *bias: Any,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Any:
-    """Input i8 (N, H, W, C) with ``packed`` (O/8, kh, kw, C/2, 8, 2), summed in i32, requantized: i8 (N, H, W, O)."""
-    from tvm import te, tirx
-
-    batch, *places, channels = (int(extent) for extent in input.shape)
-    _, *window, pairs, width, _ = (int(extent) for extent in packed.shape)
-    rows = int(multiplier.shape[0])
-    extents = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip(places, padding, dilation, window, stride, strict=True)
-    ]
-
-    def wide(b: Any, y: Any, x: Any, c: Any) -> Any:
-        y, x = y - padding[0], x - padding[1]
-        inside = [y >= 0, y < places[0], x >= 0, x < places[1], *([c < channels] * (channels % 2))]
-        value = input[b, y, x, c].astype("int16")
-        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, "int16"))
-
-    tiled = whole_tiles(extents[1])
-    beyond = (tiled - extents[1]) * stride[1]
-    shape = (batch, places[0] + 2 * padding[0], places[1] + 2 * padding[1] + beyond, 2 * pairs)
-    widened = te.compute(shape, wide, name="padded")
-    down, across = te.reduce_axis((0, window[0]), "down"), te.reduce_axis((0, window[1]), "across")
-    channel = te.reduce_axis((0, 2 * pairs), "channel")
-
-    def term(b: Any, y: Any, x: Any, out: Any) -> Any:
-        place = (y * stride[0] + down * dilation[0], x * stride[1] + across * dilation[1])
-        weight = packed[out // width, down, across, channel // 2, out % width, channel % 2]
-        value = widened[b, place[0], place[1], channel].astype("int32")
-        return te.sum(value * weight.astype("int32"), axis=[down, across, channel])
-
-    total = te.compute((batch, extents[0], tiled, _up(rows, width)), term, name="product_i8")
-    return _requantized(total, (batch, *extents, rows), multiplier, shift, *bias)
-
-
-def whole_tiles(rows: int) -> int:
-    """``rows`` and as many more as fill whole tiles: TVM puts no instruction of ours where rows are left over."""
-    tile = min(
-        (tile for tile in ROW_TILES if tile <= rows),
-        key=lambda tile: row_cost(_up(rows, tile), tile) * _up(rows, tile),
-        default=rows,
-    )
-    return _up(rows, tile)
-
-
-def _requantized(total: Any, shape: Sequence[int], multiplier: Any, shift: Any, *bias: Any) -> Any:
+def add_requantized(input: Any, other: Any, *dyadic: Any, low: int, high: int) -> Any:
+    """The sum of two tensors of integers, each by its dyadic number, rounded each on its own, and clipped."""
     from tvm import te
 
-    def answer(*i: Any) -> Any:
-        summed = wrapping_sum(total[i], bias[0][i[-1]]) if bias else total[i]
-        return dyadic(summed, multiplier[i[-1]], shift[i[-1]])
+    half = len(dyadic) // 2
 
-    return te.compute(tuple(shape), answer, name="requantized")
+    def code(*i: Any) -> Any:
+        terms = rounded(input[i], dyadic[:half], 0), rounded(other[i], dyadic[half:], 0)
+        return clipped(terms[0] + terms[1], low=low, high=high)
 
-
-def _up(extent: int, width: int) -> int:
-    return -(-extent // width) * width
-
-
-def pack_pairs(weight: Tensor) -> Tensor:
-    """Weight i8 (R, ..., C) as (R/8, ..., C/2, 8, 2): the pairs of columns that an instruction takes of 8 rows."""
-    rows, columns = weight.shape[0], weight.shape[-1]
-    flat = weight.reshape(rows, -1, columns)
-    padded = torch.nn.functional.pad(flat, (0, columns % 2, 0, 0, 0, -rows % LANES))
-    pairs = padded.view(-1, LANES, flat.shape[1], (columns + 1) // 2, 2)
-    return pairs.permute(0, 2, 3, 1, 4).reshape(-1, *weight.shape[1:-1], (columns + 1) // 2, LANES, 2).contiguous()
-
-
-def grouped_conv2d_i8i8(
-    input: Any,
-    weight: Any,
-    multiplier: Any,
-    shift: Any,
-    *bias: Any,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Any:
-    """Input i8 (N, H, W, C) with weight i8 (O, C/groups, kh, kw), each group on its own: i8 (N, H, W, O)."""
-    from tvm import te, tirx
-
-    batch, *places, _ = (int(extent) for extent in input.shape)
-    rows, depth, *window = (int(extent) for extent in weight.shape)
-    extents = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip(places, padding, dilation, window, stride, strict=True)
-    ]
-    down, across = te.reduce_axis((0, window[0]), "down"), te.reduce_axis((0, window[1]), "across")
-    channel = te.reduce_axis((0, depth), "channel")
-
-    def term(b: Any, y: Any, x: Any, out: Any) -> Any:
-        place = [
-            i * s + tap * d - p
-            for i, s, tap, d, p in zip((y, x), stride, (down, across), dilation, padding, strict=True)
-        ]
-        inside = [one for i, n in zip(place, places, strict=True) for one in (i >= 0, i < n)]
-        value = input[b, place[0], place[1], out // (rows // groups) * depth + channel].astype("int32")
-        product = value * weight[out, channel, down, across].astype("int32")
-        return te.sum(tirx.if_then_else(tirx.all(*inside), product, 0), axis=[channel, down, across])
-
-    total = te.compute((batch, *extents, rows), term, name="grouped")
-    return _requantized(total, total.shape, multiplier, shift, *bias)
+    return te.compute(input.shape, code, name="add_requantized")
 
 
 def linear_i8(input: Any, packed: Any, scale: Any, *, rows: int) -> Any:
@@ -262,7 +114,7 @@ def nibble(byte: Any, odd: Any) -> Any:
 
 
 def _quantize_static(values: Values, known: Known) -> Call:
-    return partial(quantize_static, scale=values["scale"]), [values["input"]]
+    return partial(quantize_static, scale=values["scale"], **_ends(values)), [values["input"]]
 
 
 def _dequantize_static(values: Values, known: Known) -> Call:
@@ -271,26 +123,74 @@ def _dequantize_static(values: Values, known: Known) -> Call:
 
 
 def _requantize(values: Values, known: Known) -> Call:
-    return partial(requantize, axis=values["axis"]), [values[key] for key in ("input", "multiplier", "shift")]
+    ends = _ends(values)
+    dyadic = _numbers(values, known, largest=_largest(values["input"]), ends=ends)
+    axis = values["axis"] % len(values["input"].ty.shape)
+    return partial(requantize, axis=axis, **ends), [values["input"], *dyadic]
+
+
+def _add_requantized(values: Values, known: Known) -> Call:
+    """Both terms in one form: the sum is in f64 or in i64."""
+    terms = [
+        _numbers(values, known, prefix=prefix, largest=_largest(values[key]))
+        for prefix, key in (("", "input"), ("other_", "other"))
+    ]
+    if len({len(one) for one in terms}) == 2:
+        terms = [[values[f"{prefix}{key}"] for key in ("multiplier", "shift")] for prefix in ("", "other_")]
+    tensors = [values["input"], values["other"], *terms[0], *terms[1]]
+    return partial(add_requantized, **_ends(values)), tensors
 
 
 def _linear_i8i8(values: Values, known: Known) -> Call:
-    return linear_i8i8, [values["input"], pack_pairs(_weight(known, "weight")), *_dyadic_and_bias(values)]
+    weight = _weight(known, "weight")
+    function = partial(products.linear_i8i8, rows=weight.shape[0], biased=values["bias"] is not None, **_ends(values))
+    return function, [values["input"], products.pack_pairs(weight), *_dyadic_and_bias(values, known)]
 
 
 def _conv2d_i8i8(values: Values, known: Known) -> Call:
     sides = {key: tuple(values[key]) for key in ("stride", "padding", "dilation")}
     weight, groups = _weight(known, "weight"), values["groups"]
+    rest = _dyadic_and_bias(values, known)
+    given = {**sides, **_ends(values), "biased": values["bias"] is not None}
     if groups == 1:
-        packed = pack_pairs(weight.movedim(1, -1))
-        return partial(conv2d_i8i8, **sides), [values["input"], packed, *_dyadic_and_bias(values)]
-    function = partial(grouped_conv2d_i8i8, **sides, groups=groups)
-    return function, [values["input"], weight, *_dyadic_and_bias(values)]
+        packed = products.pack_pairs(weight.movedim(1, -1))
+        return partial(products.conv2d_i8i8, rows=weight.shape[0], **given), [values["input"], packed, *rest]
+    function = partial(products.grouped_conv2d_i8i8, groups=groups, **given)
+    return function, [values["input"], weight.permute(2, 3, 1, 0).contiguous(), *rest]
 
 
-def _dyadic_and_bias(values: Values) -> list[Any]:
+def _avg_pool2d_i8(values: Values, known: Known) -> Call:
+    window = tuple(values["kernel_size"])
+    largest = min(_largest(values["input"]) * window[0] * window[1], 1 << 31)
+    ends = _ends(values)
+    dyadic = _numbers(values, known, largest=largest, ends=ends)
+    sides = {"stride": tuple(values["stride"]), "padding": tuple(values["padding"]), "axes": values.get("axes", (2, 3))}
+    return partial(products.avg_pool2d_i8, window=window, **sides, **ends), [values["input"], *dyadic]
+
+
+def _dyadic_and_bias(values: Values, known: Known) -> list[Any]:
     bias = [] if values["bias"] is None else [values["bias"]]
-    return [values["multiplier"], values["shift"], *bias]
+    stored = known.get("bias")
+    certain = values["bias"] is None or stored is not None
+    largest = products.largest_sums(_weight(known, "weight"), stored) if certain else 1 << 31
+    return [*_numbers(values, known, largest=largest, ends=_ends(values)), *bias]
+
+
+def _numbers(
+    values: Values, known: Known, *, largest: Tensor | int, ends: Mapping[str, int] | None = None, prefix: str = ""
+) -> Numbers:
+    keys = (f"{prefix}multiplier", f"{prefix}shift")
+    clip = None if ends is None else (ends["low"], ends["high"])
+    given = [values[key] for key in keys]
+    return numbers(*given, [known.get(key) for key in keys], largest=largest, ends=clip)
+
+
+def _largest(input: Any) -> int:
+    return LARGEST[str(input.ty.dtype)]
+
+
+def _ends(values: Values) -> dict[str, int]:
+    return {"low": values.get("low", -128), "high": values.get("high", 127)}
 
 
 def _weight(known: Known, key: str) -> Tensor:
@@ -320,6 +220,8 @@ OPERATORS: Mapping[str, Callable[[Values, Known], Call]] = {
     "quantize_static": _quantize_static,
     "dequantize_static": _dequantize_static,
     "requantize": _requantize,
+    "add_requantized": _add_requantized,
+    "avg_pool2d_i8": _avg_pool2d_i8,
     "linear_i8i8": _linear_i8i8,
     "conv2d_i8i8": _conv2d_i8i8,
     "linear_i8": _linear_i8,

@@ -16,6 +16,9 @@ from intarsia.ir.errors import MissingEnvironment
 FUSED_AFTER = 4
 """TVM's number for a function to whose result elementwise ones may be fused."""
 
+PRODUCTS = {"product", "product_i8"}
+"""Stages to whose tiles what follows is applied before they are stored."""
+
 COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
 
 
@@ -65,7 +68,7 @@ def _mark_products() -> Any:
 
     def mark(module: Any, _: Any) -> Any:
         for name, function in module.functions.items():
-            if isinstance(function, tirx.PrimFunc) and "product" in stages(function):
+            if isinstance(function, tirx.PrimFunc) and PRODUCTS & set(stages(function)):
                 module.update_func(name, function.with_attr("op_pattern", FUSED_AFTER))
         return module
 

@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from intarsia.backends.tvm_instructions import MADD, register
-from intarsia.backends.tvm_integers import LANES
+from intarsia.backends.tvm_integer_products import LANES
 from intarsia.backends.tvm_operators import ROW_TILES, VECTOR, lanes, row_cost
 
 CACHED = 24 * 1024
