@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -21,11 +22,14 @@ MODELS: dict[str, str] = {
     "cogvideox-mini": "intarsia.models.cogvideox:cogvideox_mini",
     "cogvideox1.5-5b": "intarsia.models.cogvideox:cogvideox15_5b",
     "cogvideox1.5-mini": "intarsia.models.cogvideox:cogvideox15_mini",
+    "efficientnet-lite0": "intarsia.models.efficientnet:efficientnet_lite0",
     "hunyuanvideo": "intarsia.models.hunyuanvideo:hunyuanvideo",
     "hunyuanvideo-mini": "intarsia.models.hunyuanvideo:hunyuanvideo_mini",
+    "inceptionv3": "intarsia.models.inception:inceptionv3",
     "ltx-2b": "intarsia.models.ltx:ltx_2b",
     "ltx-mini": "intarsia.models.ltx:ltx_mini",
     "resnet18": "intarsia.models.resnet:resnet18",
+    "resnet20-cifar10": "intarsia.models.resnet20_cifar10:resnet20_cifar10",
     "resnet50": "intarsia.models.resnet:resnet50",
     "wan-mini": "intarsia.models.wan:wan_mini",
     "wan2.1-t2v-1.3b": "intarsia.models.wan:wan21_t2v_1_3b",
@@ -56,6 +60,10 @@ class Model:
     dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     # Trained weights that ship with the package: a safetensors file.
     weights: Path | None = None
+    # Trained weights, by name, that another package holds; raises MissingEnvironment where it is not installed.
+    packaged: Callable[[], Mapping[str, Tensor]] | None = None
+    # What names in weight files start with that only training uses: such tensors are left out.
+    training_only: tuple[str, ...] = ()
     sampler: FlowMatchEuler | None = None
     # Text the network understands, and what turns it into conditioning; absent where the text encoder is not ours.
     prompts: tuple[str, ...] = ()
@@ -100,22 +108,27 @@ def load(
     """The module with weights, frozen, in eval mode, its parameters in `dtype` (the model's own unless given).
 
     `weights` is a safetensors file or a folder of them (one, several, sharded with an index, or a diffusers folder with
-    `transformer/` in it); without it, the shipped weights, or random ones of a fixed seed where none ship. No more than
-    one tensor is held beside the module. Raises WeightsNotFound, WeightsUnreadable or WeightsMismatch.
+    `transformer/` in it); without it, the shipped weights, or those of a package, or random ones of a fixed seed where
+    there are none. No more than one tensor of a file is held beside the module. Raises WeightsNotFound,
+    WeightsUnreadable, WeightsMismatch, or MissingEnvironment where the package is not installed.
     """
     dtype = dtype or model.dtype
     path = weights or model.weights
-    if path is None:
+    if path is None and model.packaged is None:
         return _random(model, device, dtype)
-    files = weight_files(path)
+    files = weight_files(path) if path else []
+    packaged = model.packaged() if model.packaged and not path else {}
     with _parameters_on_meta():
         module = model.build()
-    _check(model.name, path, module, files)
+    shapes = {**dict(_shapes(files)), **{key: tuple(value.shape) for key, value in packaged.items()}}
+    _check(model, str(path or "of the package"), module, shapes)
     kept = _kept_in_f32(module, dtype)
     for name, buffer in list(module.named_buffers()):
         _assign(module, name, buffer.to(device))
     parameters = {name for name, _ in module.named_parameters()}
-    for name, tensor in _tensors(files):
+    for name, tensor in chain(_tensors(files), packaged.items()):
+        if name.startswith(model.training_only):
+            continue
         wanted = torch.float32 if name in kept else dtype
         value = tensor.to(device, wanted if tensor.is_floating_point() else None)
         _assign(module, name, nn.Parameter(value, requires_grad=False) if name in parameters else value)
@@ -198,9 +211,9 @@ def _kept_in_f32(module: nn.Module, dtype: torch.dtype) -> frozenset[str]:
     return frozenset(name for name, _ in module.named_parameters() if kept & set(name.split(".")))
 
 
-def _check(name: str, path: Path, module: nn.Module, files: Sequence[Path]) -> None:
+def _check(model: Model, place: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    found = dict(_shapes(files))
+    found = {key: shape for key, shape in shapes.items() if not key.startswith(model.training_only)}
     differing = sorted(key for key in expected.keys() & found.keys() if expected[key] != found[key])
     faults = (
         _listed("missing", sorted(expected.keys() - found.keys())),
@@ -208,7 +221,7 @@ def _check(name: str, path: Path, module: nn.Module, files: Sequence[Path]) -> N
         _listed("mis-shaped", [f"{key} is {found[key]}, not {expected[key]}" for key in differing]),
     )
     if any(faults):
-        raise WeightsMismatch(f"weights {path} are not {name}'s: {'; '.join(filter(None, faults))}")
+        raise WeightsMismatch(f"weights {place} are not {model.name}'s: {'; '.join(filter(None, faults))}")
 
 
 def _listed(what: str, keys: Sequence[str]) -> str:

@@ -19,3 +19,21 @@ def enliven(module: nn.Module) -> nn.Module:
             with torch.no_grad():
                 layer.weight.normal_(0, GAIN / math.sqrt(layer.weight[0].numel()))
     return module
+
+
+def draw_statistics(module: nn.Module) -> nn.Module:
+    """The same module, statistics and scales of its batch norms drawn anew, in place.
+
+    Those of a fresh norm are 0 and 1, with which it does nothing that could go wrong. The bias stays mostly above the
+    mean, so that few channels are dead after the ReLU.
+    """
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            with torch.no_grad():
+                norm.running_mean.normal_(0, 0.2)
+                norm.running_var.uniform_(0.5, 2)
+                norm.weight.uniform_(0.5, 1)
+                norm.bias.normal_(0.1, 0.2)
+    return module

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from intarsia.models.base import Model
 from intarsia.models.libraries import tolerate_torchvision
+from intarsia.models.random_weights import draw_statistics
 from intarsia.models.sampler import noise
 
 PICTURE = (3, 224, 224)
@@ -44,24 +45,7 @@ def _build(layer: str, widths: tuple[int, ...], depths: tuple[int, ...]) -> nn.M
     config: dict[str, Any] = {"embedding_size": 64, "hidden_sizes": list(widths), "depths": list(depths)}
     config |= {"layer_type": layer, "num_labels": 1000}
     module = cast(nn.Module, ResNetForImageClassification(ResNetConfig(**config)))
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            _draw_statistics(norm)
-    return module.eval()
-
-
-def _draw_statistics(norm: nn.BatchNorm2d) -> None:
-    """Random statistics and scales: those of a fresh norm are 0 and 1, with which it does nothing that could go wrong.
-
-    The bias stays mostly above the mean, so that few channels are dead after the ReLU.
-    """
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    with torch.no_grad():
-        norm.running_mean.normal_(0, 0.2)
-        norm.running_var.uniform_(0.5, 2)
-        norm.weight.uniform_(0.5, 1)
-        norm.bias.normal_(0.1, 0.2)
+    return draw_statistics(module).eval()
 
 
 def _inputs() -> dict[str, Tensor]:
