@@ -20,6 +20,7 @@ PASSES: dict[str, str] = {
     "complex-to-real": "intarsia.passes.complex_to_real:ComplexToReal",
     "drop-noops": "intarsia.passes.drop_noops:DropNoops",
     "drop-unused": "intarsia.passes.drop_unused:DropUnused",
+    "fold-batch-norm": "intarsia.passes.fold_batch_norm:FoldBatchNorm",
     "fold-sizes": "intarsia.passes.fold_sizes:FoldSizes",
     "fuse-heads": "intarsia.passes.fuse_heads:FuseHeads",
     "fuse-kernels": "intarsia.passes.fuse_kernels:FuseKernels",
