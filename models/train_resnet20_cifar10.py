@@ -32,7 +32,7 @@ class Recipe:
     The first `early` share of the epochs sees squares of `early_side` pixels, which costs half as much a step.
     """
 
-    epochs: int = 16
+    epochs: int = 12
     batch: int = 128
     device: str = "cpu"
     seed: int = 1
@@ -41,7 +41,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4  # on convolutions and the classifier, not on norms and biases
     label_smoothing: float = 0.1
-    early: float = 0.5
+    early: float = 0.8
     early_side: int = 24  # pixels
     average: float = 0.995  # decay a step of the averaged weights
 

@@ -100,7 +100,7 @@ def test_no_package_is_one_line_with_the_command(tmp_path: Path, monkeypatch: py
         (
             "test_batch.png",
             png(numpy.zeros((99, 1024, 3), numpy.uint8)),
-            "1024x99 pixels of RGB, not 1024x10000 of RGB",
+            "1024x99 pixels of RGB, not 1024x10000",
         ),
         ("test_batch.png", png(numpy.zeros((10_000, 1024), numpy.uint8)), "1024x10000 pixels of L"),
         ("test_lables.json", b"[1, 2", "no list of labels"),

@@ -77,5 +77,5 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     assert rates == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
 
 
-def test_the_first_half_of_the_epochs_sees_smaller_squares() -> None:
-    assert [Recipe(epochs=5).side(epoch) for epoch in range(5)] == [24, 24, 24, 32, 32]
+def test_the_first_epochs_see_smaller_squares() -> None:
+    assert [Recipe(epochs=5).side(epoch) for epoch in range(5)] == [24, 24, 24, 24, 32]
