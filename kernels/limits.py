@@ -10,9 +10,13 @@ from torch import Tensor
 from intarsia.ir.graph import Graph, Node, Ref
 from intarsia.ir.program import split_constant
 from intarsia.ir.target import Target
+from intarsia.kernels.integers.reference import integer_dtype
 
 FLOATS = ("f32", "f16", "bf16")
 """Element types of weights and activations that our kernels take."""
+
+CODES = ("i8", "i16", "i32")
+"""Element types of integers on a grid."""
 
 GPUS = ("cuda", "rocm")
 """Kinds of target on which our Triton kernels run."""
@@ -98,12 +102,40 @@ def integers(node: Node, graph: Graph) -> str | None:
         return f"a sum has {prod(map(int, terms)):,} terms; int32 certainly holds {TERMS:,}"
     if isinstance(node.args.get("bias"), Ref) and (reason := dtype(node, "bias", "i32", graph)):
         return reason
-    return dyadic(node, graph)
+    return dyadic(node, graph) or ends(node)
 
 
-def dyadic(node: Node, graph: Graph) -> str | None:
-    """Why multiplier and shift are no dyadic numbers."""
-    return dtype(node, "multiplier", "i32", graph) or dtype(node, "shift", "i32", graph)
+def codes(node: Node, arg: str, graph: Graph) -> str | None:
+    """Why the tensor passed as ``arg`` holds no codes: not i8, i16 or i32."""
+    found = graph.type(node.ref(arg)).dtype
+    return None if found in CODES else f"{arg} is {found}; {node.op} takes {', '.join(CODES)}"
+
+
+def dyadic(node: Node, graph: Graph, *, prefix: str = "") -> str | None:
+    """Why multiplier and shift, their names after ``prefix``, are no dyadic numbers."""
+    return dtype(node, f"{prefix}multiplier", "i32", graph) or dtype(node, f"{prefix}shift", "i32", graph)
+
+
+def ends(node: Node, *, widest: int = 32) -> str | None:
+    """Why ``low`` and ``high`` are no ends of a range of integers of at most ``widest`` bits."""
+    low, high = node.args.get("low", -128), node.args.get("high", 127)
+    largest = 2 ** (widest - 1)
+    if isinstance(low, int) and isinstance(high, int) and -largest <= low < high < largest:
+        return None
+    return f"low and high are {low} and {high}; {node.op} takes rising integers of {widest} bits"
+
+
+def result_dtype(op: str, low: int, high: int) -> torch.dtype:
+    """The element type of codes from ``low`` to ``high``; raise unless they rise and i32 holds them."""
+    rising = -(2**31) <= low < high < 2**31
+    torch._check(rising, lambda: f"{op}: low and high are rising integers of 32 bits, found {low} and {high}")
+    return integer_dtype(low, high)
+
+
+def check_codes(op: str, name: str, tensor: Tensor) -> None:
+    """Raise unless the tensor holds codes: int8, int16 or int32."""
+    good = tensor.dtype in (torch.int8, torch.int16, torch.int32)
+    torch._check(good, lambda: f"{op}: {name} is int8, int16 or int32, found {tensor.dtype}")
 
 
 def check_broadcast(op: str, name: str, tensor: Tensor, like: Tensor) -> None:

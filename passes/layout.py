@@ -28,6 +28,8 @@ ALLOCATE = frozenset(
         "aten.empty.memory_format",
         "aten.layer_norm",
         "aten.linear",
+        "intarsia.add_requantized",
+        "intarsia.avg_pool2d_i8",
         "intarsia.conv2d_i8i8",
         "intarsia.dequantize_static",
         "intarsia.gated_residual",

@@ -45,6 +45,7 @@ BESIDE = frozenset(
         "aten.type_as",
         "aten._softmax",
         "aten._to_copy",
+        "intarsia.add_requantized",
         "intarsia.dequantize_static",
         "intarsia.gated_residual",
         "intarsia.modulated_norm",

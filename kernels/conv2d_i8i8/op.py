@@ -32,9 +32,15 @@ def conv2d_i8i8(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    low: int = -128,
+    high: int = 127,
 ) -> Tensor:
-    """Input i8 (N, C, H, W), weight i8 (O, C/groups, kh, kw), bias i32 (O), multiplier and shift i32 (O): i8."""
-    return reference.conv2d_i8i8(input, weight, bias, multiplier, shift, stride, padding, dilation, groups).contiguous()
+    """Input i8 (N, C, H, W), weight i8 (O, C/groups, kh, kw), bias i32 (O), multiplier and shift i32 (O).
+
+    Gives (N, O, H', W') in the smallest of i8, i16 and i32 that holds ``low`` and ``high``.
+    """
+    window = (stride, padding, dilation, groups)
+    return reference.conv2d_i8i8(input, weight, bias, multiplier, shift, *window, low, high).contiguous()
 
 
 @conv2d_i8i8.register_fake
@@ -48,6 +54,8 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    low: int = -128,
+    high: int = 127,
 ) -> Tensor:
     limits.check_i8("conv2d_i8i8", input, weight, bias)
     torch._check(input.ndim == 4, lambda: f"conv2d_i8i8: input is (N, C, H, W), found {input.ndim} axes")
@@ -59,7 +67,7 @@ def _(
         (input.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (window[axis] - 1) - 1) // stride[axis] + 1
         for axis in range(2)
     ]
-    return input.new_empty((input.shape[0], outputs, *extents))
+    return input.new_empty((input.shape[0], outputs, *extents), dtype=limits.result_dtype("conv2d_i8i8", low, high))
 
 
 def why_not(node: Node, graph: Graph, target: Target) -> str | None:

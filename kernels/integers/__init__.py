@@ -1,1 +1,1 @@
-"""Between real numbers and eight-bit integers: quantize, dequantize, requantize."""
+"""Between real numbers and integers, and between grids of integers: quantize, dequantize, requantize."""

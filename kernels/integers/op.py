@@ -25,51 +25,56 @@ LAUNCHES: Mapping[str, str] = {}
 
 
 @torch.library.custom_op("intarsia::quantize_static", mutates_args=())
-def quantize_static(input: Tensor, scale: float) -> Tensor:
-    """Input of any extents as int8, for which ``scale`` is one step."""
-    return reference.quantize_static(input, scale).contiguous()
+def quantize_static(input: Tensor, scale: float, low: int = -128, high: int = 127) -> Tensor:
+    """Input of any extents as the nearest whole numbers of ``scale`` in ``low``..``high``: i8, or i16 for wider."""
+    return reference.quantize_static(input, scale, low, high).contiguous()
 
 
 @quantize_static.register_fake
-def _(input: Tensor, scale: float) -> Tensor:
+def _(input: Tensor, scale: float, low: int = -128, high: int = 127) -> Tensor:
     torch._check(scale > 0, lambda: f"quantize_static: scale is a positive number, found {scale}")
-    return input.new_empty(input.shape, dtype=torch.int8)
+    return input.new_empty(input.shape, dtype=limits.result_dtype("quantize_static", low, high))
 
 
 @torch.library.custom_op("intarsia::dequantize_static", mutates_args=())
 def dequantize_static(input: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Input int8 of any extents in ``dtype``."""
+    """Input i8, i16 or i32 of any extents in ``dtype``."""
     return reference.dequantize_static(input, scale, dtype).contiguous()
 
 
 @dequantize_static.register_fake
 def _(input: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    torch._check(input.dtype == torch.int8, lambda: f"dequantize_static: input is int8, found {input.dtype}")
+    limits.check_codes("dequantize_static", "input", input)
     return input.new_empty(input.shape, dtype=dtype)
 
 
 @torch.library.custom_op("intarsia::requantize", mutates_args=())
-def requantize(input: Tensor, multiplier: Tensor, shift: Tensor, axis: int) -> Tensor:
-    """Input i32 of any extents, C along ``axis``; multiplier i32 (C) and shift i32 (C) in 1..62: int8."""
-    return reference.requantize(input, multiplier, shift, axis).contiguous()
+def requantize(input: Tensor, multiplier: Tensor, shift: Tensor, axis: int, low: int = -128, high: int = 127) -> Tensor:
+    """Input i8, i16 or i32 of any extents, C along ``axis``; multiplier i32 and shift i32 in 1..62, both (C) or (1).
+
+    Gives the smallest of i8, i16 and i32 that holds ``low`` and ``high``.
+    """
+    return reference.requantize(input, multiplier, shift, axis, low, high).contiguous()
 
 
 @requantize.register_fake
-def _(input: Tensor, multiplier: Tensor, shift: Tensor, axis: int) -> Tensor:
-    torch._check(input.dtype == torch.int32, lambda: f"requantize: input is int32, found {input.dtype}")
-    limits.check_dyadic("requantize", multiplier, shift, input.shape[axis])
-    return input.new_empty(input.shape, dtype=torch.int8)
+def _(input: Tensor, multiplier: Tensor, shift: Tensor, axis: int, low: int = -128, high: int = 127) -> Tensor:
+    limits.check_codes("requantize", "input", input)
+    channels = 1 if multiplier.shape == (1,) else input.shape[axis]
+    limits.check_dyadic("requantize", multiplier, shift, channels)
+    return input.new_empty(input.shape, dtype=limits.result_dtype("requantize", low, high))
 
 
 def why_not(node: Node, graph: Graph, target: Target) -> str | None:
     """Why the call cannot stand here, or None; alike on every target."""
     match node.op:
         case "intarsia.quantize_static":
-            return limits.floating(node, "input", graph) or limits.positive(node, "scale")
+            reason = limits.floating(node, "input", graph) or limits.positive(node, "scale")
+            return reason or limits.ends(node, widest=16)
         case "intarsia.dequantize_static":
-            return limits.dtype(node, "input", "i8", graph) or limits.positive(node, "scale")
+            return limits.codes(node, "input", graph) or limits.positive(node, "scale")
         case _:
-            return limits.dtype(node, "input", "i32", graph) or limits.dyadic(node, graph)
+            return limits.codes(node, "input", graph) or limits.dyadic(node, graph) or limits.ends(node)
 
 
 def work(node: Node, graph: Graph, sizes: Mapping[str, int]) -> Work:

@@ -21,24 +21,51 @@ LAUNCHES = {"intarsia.linear_i8i8": "intarsia.kernels.linear_i8i8.triton:launch"
 
 
 @torch.library.custom_op("intarsia::linear_i8i8", mutates_args=())
-def linear_i8i8(input: Tensor, weight: Tensor, bias: Tensor | None, multiplier: Tensor, shift: Tensor) -> Tensor:
-    """Input i8 (..., C), weight i8 (R, C), bias i32 (R), multiplier and shift i32 (R): i8 (..., R)."""
-    return reference.linear_i8i8(input, weight, bias, multiplier, shift).contiguous()
+def linear_i8i8(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor,
+    shift: Tensor,
+    low: int = -128,
+    high: int = 127,
+) -> Tensor:
+    """Input i8 (..., C), weight i8 (R, C), bias i32 (R), multiplier and shift i32 (R): (..., R).
+
+    Gives the smallest of i8, i16 and i32 that holds ``low`` and ``high``.
+    """
+    return reference.linear_i8i8(input, weight, bias, multiplier, shift, low, high).contiguous()
 
 
 @linear_i8i8.register_fake
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, multiplier: Tensor, shift: Tensor) -> Tensor:
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor,
+    shift: Tensor,
+    low: int = -128,
+    high: int = 127,
+) -> Tensor:
     limits.check_i8("linear_i8i8", input, weight, bias)
     rows, columns = weight.shape
     torch._check(input.shape[-1] == columns, lambda: f"linear_i8i8: input ends in {columns}, found {input.shape[-1]}")
     limits.check_dyadic("linear_i8i8", multiplier, shift, rows)
-    return input.new_empty((*input.shape[:-1], rows))
+    return input.new_empty((*input.shape[:-1], rows), dtype=limits.result_dtype("linear_i8i8", low, high))
 
 
 @linear_i8i8.register_kernel("cuda")
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, multiplier: Tensor, shift: Tensor) -> Tensor:
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor,
+    shift: Tensor,
+    low: int = -128,
+    high: int = 127,
+) -> Tensor:
     arguments = {"input": input, "weight": weight, "bias": bias, "multiplier": multiplier, "shift": shift}
-    return launch.run("intarsia.linear_i8i8", arguments)
+    return launch.run("intarsia.linear_i8i8", {**arguments, "low": low, "high": high})
 
 
 def why_not(node: Node, graph: Graph, target: Target) -> str | None:

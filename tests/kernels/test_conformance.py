@@ -37,6 +37,10 @@ def dyadic(channels: int) -> dict[str, Tensor]:
     }
 
 
+def two_dyadic() -> dict[str, Tensor]:
+    return {f"{prefix}{key}": value for prefix in ("", "other_") for key, value in dyadic(1).items()}
+
+
 def weights() -> Iterator[Tensor]:
     for rows, columns in SHAPES:
         for dtype in DTYPES:
@@ -59,6 +63,7 @@ def integer_linears() -> Iterator[Case]:
             x = random(*leading, columns, dtype=torch.int8, seed=1)
             for bias in (None, random(rows, dtype=torch.int32)):
                 yield {"input": x, "weight": weight, "bias": bias, **dyadic(rows)}
+                yield {"input": x, "weight": weight, "bias": bias, **dyadic(rows), "low": -300, "high": 300}
 
 
 def integer_convolutions() -> Iterator[Case]:
@@ -68,6 +73,15 @@ def integer_convolutions() -> Iterator[Case]:
         for bias in (None, random(8, dtype=torch.int32)):
             x = random(2, 4, 9, 7, dtype=torch.int8, seed=1)
             yield {"input": x, "weight": weight, "bias": bias, **dyadic(8), **window}
+            yield {"input": x, "weight": weight, "bias": bias, **dyadic(8), **window, "low": 0, "high": 200}
+
+
+def average_pools() -> Iterator[Case]:
+    for kernel, stride, padding in (((3, 2), (2, 1), (1, 0)), ((9, 7), (1, 1), (0, 0))):
+        window = {"kernel_size": kernel, "stride": stride, "padding": padding}
+        for dtype, channels, high in ((torch.int8, 1, 127), (torch.int16, 4, 2**15 - 1)):
+            x = 100 * random(2, 4, 9, 7, dtype=dtype)
+            yield {"input": x, **window, **dyadic(channels), "low": -high - 1, "high": high}
 
 
 def attentions() -> Iterator[Case]:
@@ -142,6 +156,18 @@ CASES: Mapping[str, Callable[[], Iterable[Case]]] = {
     ),
     "intarsia.requantize": lambda: (
         {"input": 1000 * random(3, 4, 5, dtype=torch.int32), **dyadic(4 + axis), "axis": 1 + axis} for axis in (0, 1)
+    ),
+    "intarsia.add_requantized": lambda: (
+        {"input": 9 * random(3, 4, dtype=a).t(), "other": random(4, 3, dtype=b, seed=1), **two_dyadic(), **ends}
+        for a, b in ((torch.int8, torch.int16), (torch.int32, torch.int8))
+        for ends in ({}, {"low": -(2**15), "high": 2**15 - 1}, {"low": 0, "high": 15})
+    ),
+    "intarsia.avg_pool2d_i8": average_pools,
+    "intarsia.quantize_channels": lambda: ({"weight": w, "bits": bits} for w in weights() for bits in (4, 8)),
+    "intarsia.dyadic": lambda: ({"scale": random(9, seed=seed).abs(), "factor": 0.1**seed} for seed in range(12)),
+    "intarsia.quantize_bias": lambda: (
+        {"bias": random(9, dtype=dtype), "scale": random(9, seed=1).abs() + 0.1, "input_scale": 0.02}
+        for dtype in DTYPES
     ),
     "intarsia.fake_quantize": lambda: ({**case, "low": 0, "high": 15} for case in roundings()),
     "intarsia.fake_quantize_channels": lambda: ({"weight": w, "bits": bits} for w in weights() for bits in (4, 8)),

@@ -1,0 +1,1 @@
+"""Average pooling of integers: sums in int32, divided by a dyadic number."""
