@@ -15,6 +15,7 @@ from intarsia.ir.target import Target
 
 PASSES: dict[str, str] = {
     "blend-means": "intarsia.passes.blend_means:BlendMeans",
+    "calibrate": "intarsia.passes.calibrate:Calibrate",
     "cast-floats": "intarsia.passes.cast_floats:CastFloats",
     "clean": "intarsia.passes.clean:Clean",
     "complex-to-real": "intarsia.passes.complex_to_real:ComplexToReal",

@@ -67,7 +67,8 @@ def _check_notation(pass_: Pass) -> None:
 
 def _check_choices(pass_: Pass, choices: Choices, refusals: Mapping[str, str]) -> None:
     for place, options in choices.items():
-        if len(options) < 2 or len(set(options)) < len(options):
+        least = 2 if type(pass_).unlisted is Pass.unlisted else 1  # others may be asked for that no list holds
+        if len(options) < least or len(set(options)) < len(options):
             raise AssertionError(f"{pass_}: %{place} offers {options}; a choice has at least two different options")
         if place in refusals:
             raise AssertionError(f"{pass_}: %{place} offers {options} and is refused: {refusals[place]}")

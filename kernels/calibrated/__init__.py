@@ -1,0 +1,1 @@
+"""The identity that carries the range of its value, as calibration found it."""
