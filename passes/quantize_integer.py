@@ -107,7 +107,8 @@ class _Rewriting:
         """The value rounded onto the grid, once for all that want it so."""
         if (name, onto) not in self.made:
             made = self._value(f"{name}.{onto.suffix}", name)
-            args = {"input": Ref(self.seen.get(name, name)), "scale": onto.scale, "low": onto.low, "high": onto.high}
+            args: dict[str, Arg] = {"input": Ref(self.seen.get(name, name)), "scale": onto.scale}
+            args |= {"low": onto.low, "high": onto.high}
             node = self.ranged.graph.producers.get(name)
             self.nodes.append(Node("intarsia.fake_quantize", args, (made,), node.source if node else ""))
             self.made[name, onto] = made.name
