@@ -54,7 +54,7 @@ def places(ranged: Ranged) -> Iterator[Place]:
         ends = "first" if node.ref("input") not in later else "last" if node.name not in earlier else ""
         for option, (weight_bits, input_bits) in BITS.items():
             if ends and weight_bits < 8:
-                reasons[option] = f"the {ends} layer stays in 8 bits (HAWQ-V3, section 4)"
+                reasons[option] = f"the {ends} layer stays in 8 bits (HAWQ-V3, bit_config.py)"
             elif option == "w4a8" and node.op != "aten.linear":
                 reasons[option] = "w4a8 is for linear layers; a convolution has w8a8 and w4a4"
             elif reason := why_sum_overflows(node, graph, weight_bits=weight_bits, largest=largest_code(input_bits)):

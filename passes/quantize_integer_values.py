@@ -36,8 +36,7 @@ def plan_values(ranged: Ranged, input_bits: Mapping[str, int]) -> Values:
     """The grids of all integers when the layers in ``input_bits`` read inputs of so many bits.
 
     A sum is on the 16-bit trunk, and so are its operands; what is concatenated is on one grid; a value that several
-    want otherwise is kept in the widest form and requantized for each. Source: HAWQ-V3, sections 3.2 and 3.3, appendix
-    E, and equation 18.
+    want otherwise is kept in the widest form and requantized for each. Source: HAWQ-V3, equations 7 and 18.
     """
     roles = _roles(ranged, input_bits)
     kept: dict[str, Grid] = {}
