@@ -57,7 +57,8 @@ class TritonEngine(Engine):
         torch.cuda.init()
         self._device, self._graph, self._record = device, program.graph, record
         self._triton, self._architecture, self._unrecorded = manual.triton, architecture, ""
-        self._weights: Table = {name: tensor.to(device) for name, tensor in program.weights.items()}
+        weights = laid_out(program.graph, manual, architecture, program.weights)
+        self._weights: Table = {name: tensor.to(device) for name, tensor in weights.items()}
         with torch.cuda.device(device):
             functions = _functions(folder, manual, architecture, interface)
         self._steps = steps(program.graph, manual, architecture, functions, device)
@@ -175,6 +176,19 @@ def steps(
         else:
             made.append(_eager_step(node, dying))
     return made
+
+
+def laid_out(graph: Graph, manual: Manual, architecture: str, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The weights in memory as the kernels that read them want them, so that no call copies them."""
+    found = dict(weights)
+    for node in graph.nodes:
+        identity = manual.calls[architecture].get(node.name)
+        if identity is None:
+            continue
+        read = {key: arg.name for key, arg in node.args.items() if isinstance(arg, Ref) and arg.name in found}
+        prepared = prepare(manual.launches[identity], {key: found[name] for key, name in read.items()})
+        found.update({read[key]: tensor for key, tensor in prepared.items()})
+    return found
 
 
 def _stream(device: torch.device) -> int:

@@ -24,7 +24,8 @@ from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
 
 POINTERS: Mapping[str, str] = {
-    "f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i64": "*i64", "i32": "*i32", "i8": "*i8", "u8": "*u8",
+    "f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i64": "*i64", "i32": "*i32",
+    "i16": "*i16", "i8": "*i8", "u8": "*u8",
 }  # fmt: skip
 """Triton's spelling of a pointer by our element type."""
 
@@ -47,7 +48,8 @@ class Launch:
         warps: Warps of one program.
         stages: Depth of the software pipeline.
         results: The type of each result by its name.
-        layouts: Axes of a result from the slowest to the fastest in memory; one that is absent lies row by row.
+        layouts: Axes of an operand or a result from the slowest to the fastest in memory; one that is absent lies row
+            by row, unless the kernel is told its strides. ``prepare`` copies an operand that lies otherwise.
         aligned: Arguments (strides) that are multiples of 16; ``prepare`` copies an operand that breaks it.
     """
 
@@ -253,8 +255,10 @@ def _value(argument: str, tensors: Mapping[str, Tensor], sizes: Mapping[str, int
 
 
 def _prepared(launch: Launch, name: str, tensor: Tensor) -> Tensor:
-    axes = launch.strided.get(name)
-    if axes is None:
+    axes, order = launch.strided.get(name), launch.layouts.get(name)
+    if order is not None:
+        found = tensor.permute(order).contiguous().permute([order.index(axis) for axis in range(len(order))])
+    elif axes is None:
         found = tensor.contiguous()
     elif tensor.stride(-1) == 1 and all(tensor.stride(axis) % ALIGNMENT == 0 for axis, aligned in axes if aligned):
         found = tensor

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.target import Target
-from intarsia.kernels import limits
+from intarsia.kernels import launch, limits
 from intarsia.kernels.add_requantized import reference
 from intarsia.kernels.base import Work, moved_bytes
 
@@ -17,7 +17,7 @@ OPS = ("intarsia.add_requantized",)
 
 REFERENCES = {"intarsia.add_requantized": reference.add_requantized}
 
-LAUNCHES: Mapping[str, str] = {}
+LAUNCHES = {"intarsia.add_requantized": "intarsia.kernels.add_requantized.triton:launch"}
 
 
 @torch.library.custom_op("intarsia::add_requantized", mutates_args=())
@@ -58,6 +58,23 @@ def _(
     limits.check_dyadic("add_requantized", multiplier, shift, 1)
     limits.check_dyadic("add_requantized", other_multiplier, other_shift, 1)
     return input.new_empty(input.shape, dtype=limits.result_dtype("add_requantized", low, high))
+
+
+@add_requantized.register_kernel("cuda")
+def _(
+    input: Tensor,
+    other: Tensor,
+    multiplier: Tensor,
+    shift: Tensor,
+    other_multiplier: Tensor,
+    other_shift: Tensor,
+    low: int = -128,
+    high: int = 127,
+) -> Tensor:
+    numbers = {"multiplier": multiplier, "shift": shift}
+    others = {"other_multiplier": other_multiplier, "other_shift": other_shift}
+    arguments = {"input": input, "other": other, **numbers, **others, "low": low, "high": high}
+    return launch.run("intarsia.add_requantized", arguments)
 
 
 def why_not(node: Node, graph: Graph, target: Target) -> str | None:

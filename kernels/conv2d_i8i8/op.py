@@ -10,7 +10,7 @@ from torch import Tensor
 
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.target import Target
-from intarsia.kernels import limits
+from intarsia.kernels import launch, limits
 from intarsia.kernels.base import Work, moved_bytes
 from intarsia.kernels.conv2d_i8i8 import reference
 
@@ -18,7 +18,7 @@ OPS = ("intarsia.conv2d_i8i8",)
 
 REFERENCES = {"intarsia.conv2d_i8i8": reference.conv2d_i8i8}
 
-LAUNCHES: Mapping[str, str] = {}
+LAUNCHES = {"intarsia.conv2d_i8i8": "intarsia.kernels.conv2d_i8i8.triton:launch"}
 
 
 @torch.library.custom_op("intarsia::conv2d_i8i8", mutates_args=())
@@ -68,6 +68,25 @@ def _(
         for axis in range(2)
     ]
     return input.new_empty((input.shape[0], outputs, *extents), dtype=limits.result_dtype("conv2d_i8i8", low, high))
+
+
+@conv2d_i8i8.register_kernel("cuda")
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor,
+    shift: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    low: int = -128,
+    high: int = 127,
+) -> Tensor:
+    arguments = {"input": input, "weight": weight, "bias": bias, "multiplier": multiplier, "shift": shift}
+    window = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups}
+    return launch.run("intarsia.conv2d_i8i8", {**arguments, **window, "low": low, "high": high})
 
 
 def why_not(node: Node, graph: Graph, target: Target) -> str | None:

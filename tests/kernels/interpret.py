@@ -98,6 +98,50 @@ def integers() -> Iterator[tuple[str, str, Case]]:
         for bias, dyadic in ((None, ties), (whole(-(2**20), 2**20, rows).int(), large)):
             case = {"input": x, "weight": weight, "bias": bias, **dyadic}
             yield "intarsia.linear_i8i8", f"torch.int8 {tokens} {rows} {columns} {bias is not None}", case
+            wide = {**case, "low": -32768, "high": 32767}
+            yield "intarsia.linear_i8i8", f"torch.int8 {tokens} {rows} {columns} {bias is not None} to i16", wide
+    yield from convolutions()
+    yield from sums()
+
+
+def convolutions() -> Iterator[tuple[str, str, Case]]:
+    """Whole and ragged steps and tiles, windows beyond the edge, strides, dilations, groups, wider results."""
+    for rows, depth, window, stride, padding, dilation, groups in (
+        (24, 3, (3, 3), (2, 1), (1, 2), (1, 1), 1),
+        (40, 32, (1, 3), (1, 1), (0, 2), (1, 2), 1),
+        (16, 64, (1, 1), (2, 2), (0, 0), (1, 1), 1),
+        (6, 1, (3, 3), (1, 1), (1, 1), (1, 1), 6),
+        (8, 5, (2, 2), (1, 1), (1, 0), (2, 1), 2),
+    ):
+        x = whole(-128, 128, 2, depth * groups, 7, 6).to(torch.int8)
+        sides = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        bias = whole(-(2**20), 2**20, rows).int() if groups == 1 else None
+        case = {
+            "input": x.contiguous(memory_format=torch.channels_last) if depth == 32 else x,
+            "weight": whole(-128, 128, rows, depth, *window).to(torch.int8),
+            "bias": bias,
+            "multiplier": whole(-(2**31), 2**31, rows).int(),
+            "shift": whole(36, 46, rows).int(),
+        }
+        for ends in ({}, {"low": 0, "high": 15}, {"low": -32768, "high": 32767}):
+            name = f"torch.int8 {rows} {depth} {window} {groups} {len(ends) and ends['high']}"
+            yield "intarsia.conv2d_i8i8", name, {**case, **sides, **ends}
+
+
+def sums() -> Iterator[tuple[str, str, Case]]:
+    """Operands of different widths, ties on either side, sums that are clipped."""
+    types = (torch.int16, torch.int16, 32767), (torch.int8, torch.int32, 127), (torch.int32, torch.int16, 2**31 - 1)
+    for first, second, high in types:
+        for shape in ((3, 5), (2, 3, 9, 50)):
+            operands = [
+                whole(torch.iinfo(one).min, torch.iinfo(one).max + 1, *shape).to(one) >> (index * 3)
+                for index, one in enumerate((first, second))
+            ]
+            case = {"input": operands[0], "other": operands[1], "low": -high - 1, "high": high}
+            for prefix, multiplier, shift in (("", 3, 2), ("other_", -(2**31), 33)):
+                case |= {f"{prefix}multiplier": torch.tensor([multiplier]).int()}
+                case |= {f"{prefix}shift": torch.tensor([shift]).int()}
+            yield "intarsia.add_requantized", f"torch.int8 {first} {second} {shape}", case
 
 
 def normal(*shape: int) -> Tensor:

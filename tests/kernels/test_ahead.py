@@ -26,6 +26,21 @@ def attention(channels: int, lengths: str) -> str:
 """
 
 
+def convolution(depth: int, rows: int, groups: int, result: str, ends: str) -> str:
+    return f"""graph g {{
+  size N in [1, 64]
+  input %x: i8[N, {depth * groups}, 56, 56]
+  param %w: i8[{rows}, {depth}, 3, 3]
+  param %b: i32[{rows}]
+  param %m: i32[{rows}]
+  param %s: i32[{rows}]
+  %y: {result}[N, {rows}, 28, 28] = intarsia.conv2d_i8i8(input=%x, weight=%w, bias=%b, multiplier=%m, shift=%s, \
+stride=[2, 2], padding=[1, 1], dilation=[1, 1], groups={groups}, {ends})
+  return %y
+}}
+"""
+
+
 PRODUCTS = {
     "attention_32": attention(32, "None"),
     "attention_64": attention(64, "None"),
@@ -74,7 +89,11 @@ PRODUCTS = {
   return %y
 }
 """,
+    "conv2d_i8i8": convolution(128, 256, 1, "i16", "low=-32768, high=32767"),
+    "conv2d_i8i8_by_channel": convolution(1, 96, 96, "i8", "low=0, high=15"),
 }
+
+INTEGERS = PRODUCTS["conv2d_i8i8"]
 
 ROWS = {
     "modulated_norm": """graph g {
@@ -93,6 +112,17 @@ ROWS = {
   input %gate: f32[2, 1, 5120]
   %y: bf16[2, N, 5120] = intarsia.gated_residual(residual=%r, input=%x, gate=%gate)
   return %y
+}
+""",
+    "add_requantized": """graph g {
+  size N in [1, 64]
+  input %x: i16[N, 256, 56, 56]
+  input %y: i16[N, 256, 56, 56]
+  param %m: i32[1]
+  param %s: i32[1]
+  %z: i16[N, 256, 56, 56] = intarsia.add_requantized(input=%x, other=%y, multiplier=%m, shift=%s, """
+    """other_multiplier=%m, other_shift=%s, low=-32768, high=32767)
+  return %z
 }
 """,
     "norm_rope": """graph g {
@@ -158,6 +188,12 @@ def test_the_tile_of_a_single_token_spills_nothing_either(name: str) -> None:
     code = compiled(PRODUCTS[name].replace("[2, N,", "[1, 1,"), "sm_90")
     check_code(code, "sm_90")
     assert code.instructions["mma.sync"] > 0
+
+
+def test_integer_products_are_those_of_the_tensor_cores() -> None:
+    assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in compiled(INTEGERS, "sm_80").assembly
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in compiled(INTEGERS, "sm_90").assembly
+    assert "tcgen05.mma.cta_group::1.kind::i8" in compiled(INTEGERS, "sm_100").assembly
 
 
 def test_ptx_is_of_a_version_that_older_drivers_take() -> None:
