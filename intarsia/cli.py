@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from intarsia import cli_solve, configuration, outputs, terminal
+from intarsia import cli_calibrate, cli_solve, configuration, outputs, terminal
 from intarsia.backends.writing import new_file
 from intarsia.ir.errors import MissingEnvironment, UsageError
 from intarsia.ir.registry import unknown
@@ -493,6 +493,7 @@ def optimize(
     return _ended(configuration.command(ctx, output=output), complete=not summaries.cut_short(bundle))
 
 
+app.command()(cli_calibrate.calibrate)
 app.add_typer(cli_solve.app, name="solve")
 
 

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -60,6 +60,22 @@ def from_file(text: str, base: type[T], *, kind: str) -> T:
     if not (isinstance(found, type) and issubclass(found, base)):
         raise UsageError(f"{kind} {text!r}: {path} defines no {base.__name__} called {spec.name}")
     return construct(found, spec)
+
+
+def function_from_file(text: str, *, kind: str) -> Callable[[], object]:
+    """What ``path/to/file.py:function`` stands for; the file is run.
+
+    Raises:
+        UsageError: No such file or function, or the file cannot be imported.
+    """
+    path_text, _, name = text.partition(".py:")
+    path = Path(path_text + ".py")
+    if not path.is_file():
+        raise UsageError(f"{kind} {text!r}: there is no file {path}")
+    found = _contents(path.resolve(), path.stat().st_mtime_ns, kind, f"{kind} {text!r}: {path}").get(name)
+    if not callable(found):
+        raise UsageError(f"{kind} {text!r}: {path} defines no function called {name}")
+    return found
 
 
 @lru_cache(maxsize=32)
