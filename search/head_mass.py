@@ -15,7 +15,7 @@ from intarsia.ir.tokens import TokenLayout
 from intarsia.passes.attention_sites import Site
 from intarsia.passes.patterns.base import find_pattern
 from intarsia.passes.patterns.columns import columns_of
-from intarsia.passes.patterns.offsets import offsets_of
+from intarsia.passes.patterns.offsets import Distances
 from intarsia.passes.patterns.tile_offsets import TileOffsets
 from intarsia.passes.patterns.vertical_stripe import VerticalStripe
 from intarsia.passes.sparse_attention import DENSE, SKIP
@@ -69,20 +69,22 @@ def calibrated(heads: Heads, mass: Mapping[str, Mass]) -> Heads:
     for site in heads.sites:
         block = heads.pass_.block_of(site.layout)
         for head, offered in enumerate(heads.of_site(site)):
-            columns, offsets = mass[site.name].columns[head], mass[site.name].offsets[head]
+            columns = mass[site.name].columns[head]
             by_block = np.add.reduceat(columns, np.arange(0, len(columns), block))
-            options.append(tuple(_followed(option, by_block, offsets, site.layout, block) for option in offered))
+            distances = Distances(mass[site.name].offsets[head], site.layout, block)
+            options.append(tuple(_followed(option, by_block, distances) for option in offered))
     return replace(heads, options=tuple(options))
 
 
-def _followed(option: str, columns: Floats, offsets: Floats, layout: TokenLayout, block: int) -> str:
+def _followed(option: str, columns: Floats, distances: Distances) -> str:
     """The pattern with what it leaves open taken from the mass of blocks of keys and of distances."""
     pattern = None if option in (DENSE, SKIP) else find_pattern(option)
     if isinstance(pattern, VerticalStripe) and pattern.columns is None:
+        layout, block = distances.layout, distances.block
         chosen = columns_of(columns, layout, block, block, density=pattern.density, sink=pattern.sink)
         return str(replace(pattern, columns=chosen))
     if isinstance(pattern, TileOffsets) and pattern.offsets is None:
-        return str(offsets_of(offsets, layout, block, density=pattern.density))
+        return str(distances.pattern(pattern.density))
     return option
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,46 +20,79 @@ QUERIES = 32
 """Tiles of queries, evenly spread, that say which distances are wanted."""
 
 
-def offsets_of(mass: Floats, layout: TokenLayout, block: int, *, density: float) -> TileOffsets:
-    """The tiles of ``block`` tokens, and their distances, that hold most of the mass at this density.
+@dataclass(frozen=True)
+class Distances:
+    """How far from its queries a head looks.
 
-    Args:
+    Attributes:
         mass: Mean probability with which a query attends to the key at each distance in tokens, along frames, rows and
             columns (2 frames - 1, 2 height - 1, 2 width - 1), the query itself in the middle.
-
-    Raises:
-        ValueError: ``mass`` is not one finite number for each distance.
+        layout: The tokens.
+        block: Tokens of a tile.
     """
-    shape = tuple(2 * extent - 1 for extent in _extents(layout))
-    if mass.shape != shape or not np.isfinite(mass).all():
-        raise ValueError(f"mass has the shape {mass.shape}; it is one finite number for each distance, {shape}")
-    best: tuple[float, TileOffsets] | None = None
-    for tile in tiles_of(layout, block):
+
+    mass: Floats
+    layout: TokenLayout
+    block: int
+
+    def __post_init__(self) -> None:
+        shape = tuple(2 * extent - 1 for extent in _extents(self.layout))
+        if self.mass.shape != shape or not np.isfinite(self.mass).all():
+            raise ValueError(
+                f"mass has the shape {self.mass.shape}; it is one finite number for each distance, {shape}"
+            )
+
+    def pattern(self, density: float) -> TileOffsets:
+        """The tiles, and their distances, that hold most of the mass at this density."""
+        best = max(self._tiled, key=lambda tiled: tiled.held(density))
+        listed = ",".join(".".join(map(str, offset)) for offset in best.wanted(density))
+        return TileOffsets(density, best.tile, listed)
+
+    @cached_property
+    def _tiled(self) -> tuple[_Tiled, ...]:
+        return tuple(_Tiled.of(self.mass, self.layout, tile) for tile in tiles_of(self.layout, self.block))
+
+
+@dataclass(frozen=True)
+class _Tiled:
+    """The same in tiles of one shape, as some queries, evenly spread, see it: each has other tiles about it.
+
+    Attributes:
+        counts: Tiles along frames, rows and columns.
+        ranked: For each of the queries the distances of all tiles, by number, those of most mass first.
+        mass: By number of the distance.
+    """
+
+    tile: Box
+    counts: Box
+    ranked: NDArray[np.int64]
+    mass: Floats
+
+    @classmethod
+    def of(cls, mass: Floats, layout: TokenLayout, tile: Box) -> _Tiled:
         counts = Tiles(layout, tile).counts
-        held, listed = _wanted(_between_tiles(mass, tile, counts), counts, density)
-        if best is None or held > best[0] * (1 + 1e-9):
-            text = ",".join(".".join(map(str, offset)) for offset in listed)
-            best = held, TileOffsets(density, tile, text)
-    assert best is not None
-    return best[1]
+        by_tile = _between_tiles(mass, tile, counts)
+        tiles = np.stack(np.unravel_index(np.arange(np.prod(counts)), counts), axis=1)
+        queries = tiles[np.unique(np.linspace(0, len(tiles) - 1, QUERIES).round().astype(np.int64))]
+        apart = np.moveaxis(tiles[None] - queries[:, None] + np.array(counts) - 1, -1, 0)
+        numbers = np.ravel_multi_index(tuple(apart), by_tile.shape)
+        order = np.argsort(-by_tile.ravel()[numbers], axis=1, kind="stable")
+        return cls(tile, counts, np.take_along_axis(numbers, order, axis=1), by_tile.ravel())
 
+    def held(self, density: float) -> float:
+        """What queries keep of their attention, in the mean; rounded, so that equals are equal."""
+        return round(float(self.mass[self._kept(density)].sum(axis=1).mean()), 9)
 
-def _wanted(mass: Floats, counts: Box, density: float) -> tuple[float, list[list[int]]]:
-    """What queries keep of their attention, in the mean, and the distances that they want, the most wanted first.
+    def wanted(self, density: float) -> list[list[int]]:
+        """The distances that some query wants, the most wanted first."""
+        listed = np.unique(self._kept(density))
+        listed = listed[np.argsort(-self.mass[listed], kind="stable")]
+        shape = [2 * count - 1 for count in self.counts]
+        offsets = np.stack(np.unravel_index(listed, shape), axis=1) - (np.array(self.counts) - 1)
+        return cast("list[list[int]]", offsets.tolist())
 
-    Some lie outside of the video for some queries, so each of some queries, evenly spread, chooses among its own.
-    """
-    tiles = np.stack(np.unravel_index(np.arange(np.prod(counts)), counts), axis=1)
-    middle = np.array(counts) - 1
-    queries = tiles[np.unique(np.linspace(0, len(tiles) - 1, QUERIES).round().astype(np.int64))]
-    places = np.ravel_multi_index(tuple(np.moveaxis(tiles[None] - queries[:, None] + middle, -1, 0)), mass.shape)
-    kept = max(1, round(density * len(tiles)))
-    chosen = np.argsort(-mass.ravel()[places], axis=1, kind="stable")[:, :kept]
-    used = np.take_along_axis(places, chosen, axis=1)
-    listed = np.unique(used)
-    listed = listed[np.argsort(-mass.ravel()[listed], kind="stable")]
-    offsets = np.stack(np.unravel_index(listed, mass.shape), axis=1) - middle
-    return float(mass.ravel()[used].sum(axis=1).mean()), offsets.tolist()
+    def _kept(self, density: float) -> NDArray[np.int64]:
+        return self.ranked[:, : max(1, round(density * self.ranked.shape[1]))]
 
 
 def tiles_of(layout: TokenLayout, block: int) -> tuple[Box, ...]:

@@ -30,7 +30,7 @@ class TileOffsets(Pattern):
         density: Share of all pairs of a query and a key that is computed, text included.
         tile: Frames, rows and columns of a tile, whose tokens stand side by side; best as many tokens as a block.
         offsets: Distances in tiles along frames, rows and columns, the most wanted first: ``0.0.0,-1.0.0,0.2.1``;
-            ``offsets.offsets_of`` chooses them by mass. None takes the nearest tiles.
+            ``offsets.Distances`` finds them by mass. None takes the nearest tiles.
     """
 
     name: ClassVar[str] = "tile-offsets"

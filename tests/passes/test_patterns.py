@@ -18,7 +18,7 @@ from intarsia.passes.patterns.dense import Dense
 from intarsia.passes.patterns.diagonal import Diagonal
 from intarsia.passes.patterns.masks import Mask
 from intarsia.passes.patterns.multi_diagonal import MultiDiagonal
-from intarsia.passes.patterns.offsets import offsets_of, tiles_of
+from intarsia.passes.patterns.offsets import Distances, tiles_of
 from intarsia.passes.patterns.radial import Radial
 from intarsia.passes.patterns.skip import Skip
 from intarsia.passes.patterns.sliding_tile import SlidingTile
@@ -162,7 +162,7 @@ def test_offsets_are_those_with_the_largest_mass_and_tiles_those_that_hold_most_
     layout = TokenLayout(8, 8, 8)
     mass = np.full((15, 15, 15), 1e-4)
     mass[:, 7:9, 7] = 0.05  # the place itself and the one below it, in all frames
-    found = offsets_of(mass, layout, 16, density=1 / 16)
+    found = Distances(mass, layout, 16).pattern(1 / 16)
     assert found.tile == (8, 1, 2)
     assert found.offsets is not None
     assert found.offsets.startswith("0.0.0,0.1.0")
@@ -175,7 +175,7 @@ def test_offsets_are_those_with_the_largest_mass_and_tiles_those_that_hold_most_
 def test_each_query_wants_distances_that_the_video_has_from_its_tile():
     mass = np.zeros((15, 15, 15))
     mass[7, 0, 7], mass[7, 14, 7], mass[7, 7, 7] = 0.9, 0.8, 0.1
-    found = offsets_of(mass, TokenLayout(8, 8, 8), 16, density=1 / 32)
+    found = Distances(mass, TokenLayout(8, 8, 8), 16).pattern(1 / 32)
     computed = Mask(found, TokenLayout(8, 8, 8), 16, 16).tokens()
     rows = np.arange(512) % 64 // 8
     for row, wanted in enumerate([7, 1, 2, 3, 4, 5, 6, 0]):
@@ -191,7 +191,7 @@ def test_tiles_have_as_many_tokens_as_a_block_with_sides_that_are_powers_of_two(
 @pytest.mark.parametrize("mass", [np.ones((15, 15, 14)), np.full((15, 15, 15), np.inf)])
 def test_mass_is_one_number_for_each_distance(mass: NDArray[np.float64]):
     with pytest.raises(ValueError, match=r"one finite number for each distance, \(15, 15, 15\)"):
-        offsets_of(mass, TokenLayout(8, 8, 8), 16, density=0.5)
+        Distances(mass, TokenLayout(8, 8, 8), 16)
 
 
 def test_dense_keeps_every_pair_and_skip_none():
