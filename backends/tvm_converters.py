@@ -347,7 +347,8 @@ def _emit(importer: Any, function: Callable[..., Any], *args: Any) -> Any:
 
 def _axis_with_channels_last(axis: int, rank: int) -> int:
     """Where the axis of (N, C, ...) is in (N, ..., C)."""
-    return (0, rank - 1, *range(1, rank - 1))[axis % rank]
+    order: tuple[int, ...] = (0, rank - 1, *range(1, rank - 1))
+    return order[axis % rank]
 
 
 def _add(importer: Any, left: Any, right: Any) -> Any:

@@ -19,7 +19,7 @@ Numbers = Sequence[Any]
 
 
 def numbers(
-    multiplier: Any, shift: Any, known: Sequence[Tensor | None], *, largest: Tensor | int, ends: Any
+    multiplier: Any, shift: Any, known: Sequence[Tensor | None], *, largest: Tensor | int, ends: tuple[int, int] | None
 ) -> Numbers:
     """The form in which an operator multiplies: ``known`` are multiplier and shift where they are constants.
 

@@ -151,7 +151,7 @@ def _conv2d_i8i8(values: Values, known: Known) -> Call:
     sides = {key: tuple(values[key]) for key in ("stride", "padding", "dilation")}
     weight, groups = _weight(known, "weight"), values["groups"]
     rest = _dyadic_and_bias(values, known)
-    given = {**sides, **_ends(values), "biased": values["bias"] is not None}
+    given: dict[str, Any] = {**sides, **_ends(values), "biased": values["bias"] is not None}
     if groups == 1:
         packed = products.pack_pairs(weight.movedim(1, -1))
         return partial(products.conv2d_i8i8, rows=weight.shape[0], **given), [values["input"], packed, *rest]
@@ -164,8 +164,13 @@ def _avg_pool2d_i8(values: Values, known: Known) -> Call:
     largest = min(_largest(values["input"]) * window[0] * window[1], 1 << 31)
     ends = _ends(values)
     dyadic = _numbers(values, known, largest=largest, ends=ends)
-    sides = {"stride": tuple(values["stride"]), "padding": tuple(values["padding"]), "axes": values.get("axes", (2, 3))}
-    return partial(products.avg_pool2d_i8, window=window, **sides, **ends), [values["input"], *dyadic]
+    given: dict[str, Any] = {
+        **ends,
+        "stride": tuple(values["stride"]),
+        "padding": tuple(values["padding"]),
+        "axes": values.get("axes", (2, 3)),
+    }
+    return partial(products.avg_pool2d_i8, window=window, **given), [values["input"], *dyadic]
 
 
 def _dyadic_and_bias(values: Values, known: Known) -> list[Any]:
@@ -181,8 +186,8 @@ def _numbers(
 ) -> Numbers:
     keys = (f"{prefix}multiplier", f"{prefix}shift")
     clip = None if ends is None else (ends["low"], ends["high"])
-    given = [values[key] for key in keys]
-    return numbers(*given, [known.get(key) for key in keys], largest=largest, ends=clip)
+    multiplier, shift = (values[key] for key in keys)
+    return numbers(multiplier, shift, [known.get(key) for key in keys], largest=largest, ends=clip)
 
 
 def _largest(input: Any) -> int:
@@ -190,7 +195,7 @@ def _largest(input: Any) -> int:
 
 
 def _ends(values: Values) -> dict[str, int]:
-    return {"low": values.get("low", -128), "high": values.get("high", 127)}
+    return {"low": values["low"], "high": values["high"]}
 
 
 def _weight(known: Known, key: str) -> Tensor:

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from intarsia.backends import agreement
 from intarsia.backends.tvm import TvmBackend
+from intarsia.backends.tvm_dyadic import is_exact_in_f64
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program
 from intarsia.ir.target import load_target
@@ -31,14 +36,19 @@ def dyadic(generator: torch.Generator, rows: int) -> tuple[Tensor, Tensor]:
     return multiplier, torch.randint(38, 42, (rows,), generator=generator).to(torch.int32)
 
 
-def agree(program: Program, folder: Path, *inputs: Tensor) -> Tensor:
-    """What the engine answers, which is what the reference answers, bit for bit."""
+Exact = Callable[..., tuple[Tensor, ...]]
+
+
+def agree(program: Program, folder: Path, *inputs: Tensor, exact: Exact | None = None) -> Tensor:
+    """The engine's first answer; all of them are what the reference or ``exact`` answers, bit for bit."""
     backend = TvmBackend()
     engine = backend.load(folder, backend.build(program, load_target("cpu-avx2"), folder).files)
-    (found,), (expected,) = engine(*inputs), program.module()(*inputs)
-    assert found.dtype == expected.dtype
-    assert torch.equal(found, expected)
-    return found
+    answers = engine(*inputs)
+    expected_answers = exact(program, *inputs) if exact else program.module()(*inputs)
+    for name, found, expected in zip(program.graph.outputs, answers, expected_answers, strict=True):
+        assert found.dtype == expected.dtype, name
+        assert torch.equal(found, expected), name
+    return answers[0]
 
 
 LINEAR = """graph linear {{
@@ -118,6 +128,79 @@ def test_requantizing_rounds_half_up_and_saturates(tmp_path: Path) -> None:
     found = agree(Program(Graph.parse(text), weights), tmp_path, x)
     assert found[:4, 0].tolist() == [1, 0, 2, -1]
     assert found[4:, 0].tolist() == [127, -128]
+
+
+def test_a_residual_network_gives_the_integers_of_the_definition(
+    integer_network: Program, picture: Tensor, exact: Exact, tmp_path: Path
+) -> None:
+    agree(integer_network, tmp_path, picture, exact=exact)
+
+
+TIES = """graph ties {{
+  input %x: {dtype}[{count}]
+  input %other: {dtype}[{count}]
+  param %m: i32[1]
+  param %s: i32[1]
+  %one: {result}[{count}] = intarsia.requantize(input=%x, multiplier=%m, shift=%s, axis=0, low={low}, high={high})
+  %sum: {result}[{count}] = intarsia.add_requantized(input=%x, other=%other, multiplier=%m, shift=%s, other_multiplier=%m, other_shift=%s, low={low}, high={high})
+  return %one, %sum
+}}
+"""  # noqa: E501
+
+
+def extremes(dtype: str, low: int, high: int, multiplier: int, shift: int) -> tuple[Program, tuple[Tensor, Tensor]]:
+    """Requantizing and adding where halves are common and both ends of the element type occur."""
+    kind = {"i8": torch.int8, "i16": torch.int16, "i32": torch.int32}[dtype]
+    info = torch.iinfo(kind)
+    near = torch.arange(-40, 40)
+    x = torch.cat([near, torch.tensor([info.min, info.min + 1, info.max - 1, info.max]), near * (info.max // 41)])
+    other = x.roll(3)
+    result = next(f"i{bits}" for bits in (8, 16, 32) if -(1 << bits - 1) <= low and high < 1 << bits - 1)
+    text = TIES.format(dtype=dtype, count=len(x), result=result, low=low, high=high)
+    numbers = {"m": torch.tensor([multiplier], dtype=torch.int32), "s": torch.tensor([shift], dtype=torch.int32)}
+    return Program(Graph.parse(text), numbers), (x.to(kind), other.to(kind))
+
+
+EXTREMES = [
+    ("i8", -128, 127, 1, 1),
+    ("i16", -8, 7, 3, 1),
+    ("i16", -32768, 32767, -(2**31), 32),
+    ("i16", 0, 127, 2**31 - 1, 62),
+    ("i32", -128, 127, 2**31 - 1, 40),
+    ("i32", -32768, 32767, 2**31 - 1, 46),
+    ("i32", -(2**31), 2**31 - 1, 2**31 - 1, 31),
+]
+"""Input type, both ends, multiplier and shift."""
+
+
+@pytest.mark.parametrize("extreme", EXTREMES, ids=lambda extreme: f"{extreme[0]} to {extreme[2]} by 2**-{extreme[4]}")
+def test_ties_and_ends_of_every_width_are_exact(
+    extreme: tuple[str, int, int, int, int], exact: Exact, tmp_path: Path
+) -> None:
+    program, inputs = extremes(*extreme)
+    agree(program, tmp_path, *inputs, exact=exact)
+
+
+@given(x=st.integers(-(2**31), 2**31 - 1), multiplier=st.integers(-(2**31), 2**31 - 1), shift=st.integers(1, 62))
+@example(x=2**31 - 1, multiplier=2**31 - 1, shift=44)
+@example(x=-(2**31), multiplier=1, shift=32)
+def test_doubles_are_chosen_only_where_they_are_exact(x: int, multiplier: int, shift: int) -> None:
+    exact = (x * multiplier + (1 << shift - 1)) >> shift
+    found = math.floor(x * math.ldexp(multiplier, -shift) + 0.5)
+    numbers = torch.tensor([multiplier]), torch.tensor([shift])
+    if is_exact_in_f64(*numbers, largest=abs(x), ends=None):
+        assert found == exact
+    for low, high in ((-128, 127), (0, 15), (-32768, 32767)):
+        if is_exact_in_f64(*numbers, largest=abs(x), ends=(low, high)):
+            assert max(low, min(found, high)) == max(low, min(exact, high))
+
+
+def test_doubles_are_refused_where_a_digit_may_be_lost() -> None:
+    numbers = torch.tensor([2**31 - 1]), torch.tensor([31])
+    assert is_exact_in_f64(*numbers, largest=1 << 20, ends=None)
+    assert not is_exact_in_f64(*numbers, largest=1 << 31, ends=None)
+    assert is_exact_in_f64(*numbers, largest=1 << 31, ends=(-32768, 32767))
+    assert not is_exact_in_f64(numbers[0], numbers[1] + 14, largest=1 << 31, ends=(-32768, 32767))
 
 
 def test_quantizing_rounds_half_to_even_and_saturates(tmp_path: Path) -> None:
