@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from intarsia.backends import agreement
 from intarsia.ir.errors import MissingEnvironment
 from intarsia.ir.execute import check_types
 from intarsia.ir.exported import trace
@@ -35,7 +34,7 @@ def untrained(name: str) -> Model:
     return replace(find(name), weights=None, packaged=None)
 
 
-def pictures(name: str, count: int = 1) -> Tensor:
+def pictures(name: str, count: int) -> Tensor:
     return noise((3, SMALLEST[name], SMALLEST[name]), seed=3, count=count)
 
 
@@ -60,30 +59,27 @@ def test_the_auxiliary_head_that_is_left_out_has_the_parameters_counted_by_hand(
     assert first + second + 768 * 1000 + 1000 == 3_326_696
 
 
-@pytest.mark.parametrize("name", SMALLEST)
-def test_the_graph_gives_the_same_bits_as_the_module_and_nothing_fades_or_explodes(name: str) -> None:
-    model = untrained(name)
-    module, given = load(model), pictures(name)
-    program = clean(trace(module, {"pictures": given}))
+@pytest.fixture(scope="module", params=SMALLEST)
+def network(request: pytest.FixtureRequest) -> tuple[str, nn.Module]:
+    return request.param, load(untrained(request.param))
+
+
+def test_the_graph_gives_the_same_bits_as_the_module_for_any_batch(network: tuple[str, nn.Module]) -> None:
+    name, module = network
+    program = clean(trace(module, {"pictures": pictures(name, 2)}, dynamic={"pictures": {0: "batch"}}))
     verify(program.graph)
     check_types(program.graph)
-    with torch.no_grad():
-        expected = module(given)
-        assert torch.equal(program.module()(given)[0], expected)
-    assert 0.1 < float(expected.std()) < 100
-
-
-@pytest.mark.parametrize("name", SMALLEST)
-def test_the_batch_may_vary(name: str) -> None:
-    module, given = load(untrained(name)), pictures(name, count=3)
-    program = clean(trace(module, {"pictures": given[:2]}, dynamic={"pictures": {0: "batch"}}))
-    with torch.no_grad():
-        assert agreement.error(program.module()(given), (module(given),)) < 1e-6
+    for count in (2, 3):
+        given = pictures(name, count)
+        with torch.no_grad():
+            expected = module(given)
+            assert torch.equal(program.module()(given)[0], expected)
+    assert 0.1 < float(expected.std()) < 100  # nothing fades or explodes on the way
 
 
 def test_inceptionv3_takes_torchvisions_weights_and_leaves_the_auxiliary_head(tmp_path: Path) -> None:
     model = find("inceptionv3")
-    weights = {name: value.clone() for name, value in load(model).state_dict().items()}
+    weights = {name: torch.zeros(value.shape) for name, value in meta(model).state_dict().items()}
     weights["AuxLogits.conv0.conv.weight"] = torch.zeros(128, 768, 1, 1)
     weights["fc.bias"] = torch.arange(1000.0)
     for name in ("Conv2d_1a_3x3.conv.weight", "Mixed_5b.branch3x3dbl_3.bn.running_var", "Mixed_7c.branch_pool.bn.bias"):
@@ -127,7 +123,7 @@ def test_efficientnets_weights_are_the_packages_less_the_underscores(package: Pa
     loaded = load(find("efficientnet-lite0"))
     assert all(torch.equal(value, mine.state_dict()[name]) for name, value in loaded.state_dict().items())
     torch.save({name: value for name, value in theirs.items() if name != "_fc.bias"}, package)
-    with pytest.raises(WeightsMismatch, match="of the package are not efficientnet-lite0's: 1 missing: fc.bias"):
+    with pytest.raises(WeightsMismatch, match=r"are not efficientnet-lite0's: 1 missing: fc\.bias"):
         load(find("efficientnet-lite0"))
 
 
@@ -178,7 +174,7 @@ def test_efficientnet_lite0_recognises_what_foolboxs_pictures_show() -> None:
 def test_resnet20_halves_twice_and_ends_in_64_channels() -> None:
     network = ResNet20().eval()
     with torch.no_grad():
-        hidden = network.blocks(network.norm(network.conv(pictures("resnet20-cifar10"))))
+        hidden = network.blocks(network.norm(network.conv(pictures("resnet20-cifar10", 1))))
     assert hidden.shape == (1, 64, 8, 8)
     kinds = [type(block.shortcut) for block in network.blocks]
     assert [place for place, kind in enumerate(kinds) if kind is nn.Sequential] == [3, 6]
