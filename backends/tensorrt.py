@@ -22,6 +22,7 @@ from intarsia.backends import tensorrt_build as script
 from intarsia.backends import tensorrt_limits as limits
 from intarsia.backends.base import Backend, Built, Engine, require_support
 from intarsia.backends.onnx import DATA, MODEL
+from intarsia.backends.tensorrt_integers import PRODUCTS
 from intarsia.backends.tensorrt_process import SCRIPT, installed, is_rtx_plan, run_script
 from intarsia.ir.errors import MissingEnvironment, QualityError
 from intarsia.ir.graph import Graph, Node
@@ -149,7 +150,7 @@ class TensorrtBackend(Backend):
 
         Measured: at most 0.5 % of the integers, with multipliers that make ties common (docs/decisions/005).
         """
-        integers = any(graph.find("intarsia.requantize", "intarsia.linear_i8i8", "intarsia.conv2d_i8i8"))
+        integers = any(graph.find(*PRODUCTS))
         return max(super().tolerance(graph), 1e-2) if integers else super().tolerance(graph)
 
     def load_reference(self, folder: Path, files: Sequence[str]) -> Engine:

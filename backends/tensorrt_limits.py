@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from intarsia.backends.onnx import OnnxBackend
+from intarsia.backends.tensorrt_integers import ON_INTEGERS, PRODUCTS, takes_i16
 from intarsia.ir.errors import Unsupported, UsageError
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.sizes import evaluate
@@ -37,14 +38,16 @@ LACKS: Mapping[str, str] = {
 """Operators of PyTorch whose ONNX operator NVIDIA's parser does not have; on booleans the bitwise ones are others."""
 
 _ON_BOOLEANS = ("aten.bitwise_and", "aten.bitwise_or", "aten.bitwise_xor", "aten.bitwise_not")
-_DYADIC = ("weight", "bias", "multiplier", "shift")
+_DYADIC = ("weight", "bias", "multiplier", "shift", "other_multiplier", "other_shift")
 
 
 def why_not(node: Node, graph: Graph, target: Target) -> str | None:
     """An element type or an operator that TensorRT lacks, on this target or at all; None if it takes the call."""
-    from intarsia.backends.tensorrt_model import PRODUCTS, SCALINGS
+    from intarsia.backends.tensorrt_model import SCALINGS
 
     dtypes = list(_dtypes(node, graph))
+    if takes_i16(node) and not _shows_i16(node, graph):
+        dtypes = [dtype for dtype in dtypes if dtype != "i16"]
     if bad := next((dtype for dtype in dtypes if dtype not in TYPES), None):
         return f"TensorRT has no {bad}, only {', '.join(TYPES)}; cast before, such as with pass cast-floats"
     if "f8e4m3" in dtypes and _capability(target.architecture) < 89:
@@ -57,7 +60,16 @@ def why_not(node: Node, graph: Graph, target: Target) -> str | None:
         given = [key for key in _DYADIC if node.args.get(key) is not None]
         computed = [key for key in given if node.ref(key) not in params]
         return f"{computed[0]} is computed at run time; materialize the program first" if computed else None
+    if node.op in ON_INTEGERS and "i8" in dtypes:
+        return None
     return None if node.op in (*SCALINGS, *OPS) else OnnxBackend().why_not(node, graph, target)
+
+
+def _shows_i16(node: Node, graph: Graph) -> bool:
+    """Whether 16-bit integers that the call reads or gives go in or out of the engine, which has no such type."""
+    outside = {*graph.outputs, *(value.name for value in graph.inputs)}
+    touched = [graph.values[name] for name in node.inputs] + list(node.outputs)
+    return any(one.name in outside and isinstance(one.type, TensorType) and one.type.dtype == "i16" for one in touched)
 
 
 def _capability(architecture: str) -> int:

@@ -25,19 +25,16 @@ from intarsia.backends.onnx_model import Dialect
 from intarsia.backends.onnx_operators import translations
 from intarsia.backends.onnx_weights import Tape, Weights, constant, product, value_of
 from intarsia.backends.tensorrt_attention import halve_single_heads, spell_out
+from intarsia.backends.tensorrt_integers import lowered
 from intarsia.backends.tensorrt_sparse import gather_keys
-from intarsia.ir.graph import Arg, Graph, Node, Ref, Symbol, Value
+from intarsia.ir.graph import Graph, Node, Symbol
 from intarsia.ir.rewrite import rewrite
-from intarsia.ir.types import TensorType
 
 if TYPE_CHECKING:
     import onnx_ir
 
 SCALINGS = ("intarsia.quantize_static", "intarsia.dequantize_static")
 """Operators of ours that are one of ONNX's."""
-
-PRODUCTS = ("intarsia.linear_i8i8", "intarsia.conv2d_i8i8", "intarsia.requantize")
-"""Operators of ours that become three or more of ONNX's, their dyadic numbers in f32."""
 
 _CASTS = ("aten._to_copy", "aten.to.dtype")
 _F8 = "f8e4m3"
@@ -89,50 +86,15 @@ def _(input: Tensor, dtype: torch.dtype) -> Tensor:
 
 def lower(graph: Graph) -> Graph:
     """The graph in operators that have a spelling below."""
-    lowered = gather_keys(rewrite(graph, lambda node: _lowered(node, graph)))
-    return fuse(halve_single_heads(lowered))
+    spelled = gather_keys(rewrite(graph, lambda node: _lowered(node, graph)))
+    return fuse(halve_single_heads(spelled))
 
 
 def _lowered(node: Node, graph: Graph) -> Sequence[Node] | None:
-    if node.op in PRODUCTS:
-        return _product(node, graph)
     if node.op in _CASTS and _F8 in (node.type.dtype, graph.type(node.ref("self")).dtype):
         dtype = Symbol("torch.float8_e4m3fn") if node.type.dtype == _F8 else node.args["dtype"]
         return [replace(node, op="intarsia_tensorrt.cast_f8", args={"input": node.args["self"], "dtype": dtype})]
-    return None
-
-
-def _product(node: Node, graph: Graph) -> Sequence[Node]:
-    """Integers to f32, the product with weights scaled by their dyadic numbers, and back to int8 with scale 1."""
-    rows = graph.type(node.ref("multiplier"))
-    wide = TensorType("f32", rows.shape)
-    made: list[Node] = []
-
-    def call(op: str, part: str, type_: TensorType, **args: Arg) -> Ref:
-        made.append(Node(op, args, (Value(f"{node.name}.{part}", type_),), node.source))
-        return Ref(made[-1].name)
-
-    down = call("aten.neg", "down", rows, self=node.args["shift"])
-    factor = call("aten.ldexp.Tensor", "factor", wide, self=node.args["multiplier"], other=down)
-    input = TensorType("f32", graph.type(node.ref("input")).shape)
-    result = TensorType("f32", node.type.shape)
-    if node.op == "intarsia.requantize":
-        axis, rank = node.args["axis"], len(input.shape)
-        assert isinstance(axis, int)
-        shape = tuple(rows.shape[0] if index == axis % rank else 1 for index in range(rank))
-        column = call("aten.reshape", "column", TensorType("f32", shape), self=factor, shape=shape)
-        number = call("aten._to_copy", "wide", input, self=node.args["input"], dtype=Symbol("torch.float32"))
-        answer = call("aten.mul.Tensor", "product", result, self=number, other=column)
-    else:
-        dequantized: dict[str, Arg] = {"input": node.args["input"], "scale": 1.0, "dtype": Symbol("torch.float32")}
-        number = call("intarsia.dequantize_static", "wide", input, **dequantized)
-        bias = node.args["bias"] and call("aten.mul.Tensor", "bias", wide, self=node.args["bias"], other=factor)
-        args: dict[str, Arg] = {"input": number, "weight": node.args["weight"], "scale": factor, "bias": bias}
-        window = {key: node.args[key] for key in ("stride", "padding", "dilation", "groups") if key in node.args}
-        op = "intarsia.linear_i8" if node.op == "intarsia.linear_i8i8" else "intarsia_tensorrt.conv2d_i8"
-        answer = call(op, "product", result, **args, **window)
-    made.append(Node("intarsia.quantize_static", {"input": answer, "scale": 1.0}, node.outputs, node.source))
-    return made
+    return lowered(node, graph)
 
 
 def spellings() -> Mapping[Callable[..., Any], Callable[..., Any]]:
@@ -147,7 +109,8 @@ def spellings() -> Mapping[Callable[..., Any], Callable[..., Any]]:
     }
 
 
-def _quantize(input: Any, scale: float) -> Any:
+def _quantize(input: Any, scale: float, low: int = -128, high: int = 127) -> Any:
+    """Codes of int8; other ends are clipped to before (``tensorrt_integers``)."""
     from onnxscript import opset23 as op
 
     return op.QuantizeLinear(input, _number(scale, "FLOAT"), _number(0, "INT8"))
