@@ -19,13 +19,14 @@ from intarsia.backends.base import find_backend
 from intarsia.backends.bundle import Bundle
 from intarsia.backends.packing import Build, write_bundle
 from intarsia.backends.triton import TritonBackend, fitting
-from intarsia.backends.triton_engine import _sizes, steps
-from intarsia.backends.triton_files import read_manual
+from intarsia.backends.triton_engine import _sizes, laid_out, steps
+from intarsia.backends.triton_files import Manual, read_manual
 from intarsia.backends.verify import verify_bundle
 from intarsia.ir.errors import MissingEnvironment, QualityError, Unsupported, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program
 from intarsia.ir.target import Target, load_target
+from intarsia.kernels.launch import launch_of, prepare
 
 TWO_KERNELS = """graph two_kernels {
   size N in [1, 64]
@@ -297,6 +298,31 @@ def test_what_a_kernel_does_not_take_is_refused_with_its_reason(gpu: Target) -> 
     )
     reason = TritonBackend().why_not(graph.nodes[0], graph, gpu)
     assert reason == "a head has 40 channels; on a GPU intarsia.attention takes 32, 64, 128"
+
+
+CONVOLUTION = """graph convolution {
+  input %x: i8[2, 16, 9, 9]
+  param %w: i8[32, 16, 3, 3]
+  param %n: i32[32]
+  %y: i8[2, 32, 9, 9] = intarsia.conv2d_i8i8(input=%x, weight=%w, bias=%n, multiplier=%n, shift=%n, """
+CONVOLUTION += """stride=[1, 1], padding=[1, 1], dilation=[1, 1], groups=1)
+  return %y
+}
+"""
+
+
+def test_weights_lie_in_memory_as_their_kernels_read_them() -> None:
+    graph = Graph.parse(CONVOLUTION)
+    launch = launch_of(graph.nodes[0], graph, "sm_90")
+    assert launch is not None
+    manual = Manual("3.9.0", {"sm_90": {"y": "one"}}, {"one": launch}, {}, {})
+    weights = {"w": torch.randint(-128, 128, (32, 16, 3, 3)).to(torch.int8), "n": torch.ones(32, dtype=torch.int32)}
+    found = laid_out(graph, manual, "sm_90", weights)
+    assert torch.equal(found["w"], weights["w"])
+    assert found["w"].permute(0, 2, 3, 1).is_contiguous()
+    assert torch.equal(found["n"], weights["n"])
+    again = prepare(launch, {"weight": found["w"]})
+    assert again["weight"].data_ptr() == found["w"].data_ptr()
 
 
 @pytest.mark.parametrize(("found", "said"), [(None, "which is missing"), ("3.2.0", "3.6 or later, 3.2.0 is installed")])
