@@ -30,6 +30,8 @@ _CONSTANTS = {
     "intarsia.linear_i8i8": ("weight", "multiplier", "shift"),
     "intarsia.conv2d_i8i8": ("weight", "multiplier", "shift"),
     "intarsia.requantize": ("multiplier", "shift"),
+    "intarsia.add_requantized": ("multiplier", "shift", "other_multiplier", "other_shift"),
+    "intarsia.avg_pool2d_i8": ("multiplier", "shift"),
 }
 
 

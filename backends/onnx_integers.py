@@ -1,38 +1,45 @@
-"""Integer layers in ONNX, to the same bits as their references, on machines with VNNI and without.
+"""Integer operators in ONNX, to the same bits as their definition, on machines with VNNI and without.
 
-    linear_i8i8   Cast(u8), BitwiseXor(128), MatMulInteger(u8 x u8, both zero points 128), Add(bias), requantized
-    conv2d_i8i8   the same on patches: Transpose to channels last, Pad, a Slice a tap, Concat;
-                  of few channels, or in groups, ConvInteger(u8 x u8, both zero points 128)
-    requantize    Cast(f64), Mul(b / 2**c), Clip, Add(0.5), Floor, Cast(i8)
+    conv2d_i8i8      QLinearConv, where its factors in f32 are proved to give what is defined (``onnx_exact``); else
+                     MatMulInteger of patches, channels last; of few channels, or in groups, ConvInteger; requantized
+    linear_i8i8      MatMulInteger, requantized
+    requantize       Cast, Mul, Add, Clip, Cast: in f32 where that is proved to be exact, else in f64, else in i64
+    add_requantized  the same of each operand, with Floor in the middle, and Add, Clip
 
-Products of u8 and i8 saturate on a machine without VNNI; those of u8 and u8 never do, and those of i8 and i8 are slow.
-Why these forms, and how fast they are: docs/decisions/007-onnx-integers.md.
+Products of u8 and i8 are summed in pairs of 16 bits on a machine without VNNI. They are used where no pair can leave
+them; else the weight is u8 too. Why these forms, and how fast they are: docs/decisions/007-onnx-integers.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+from intarsia.backends.onnx_codes import Codes, Form
+from intarsia.backends.onnx_dyadic import Dyadic
+from intarsia.backends.onnx_exact import Scaling, whole_scale
+from intarsia.backends.onnx_products import Input, Products, Weight
 from intarsia.backends.onnx_weights import Tape, Weights, constant, value_of
 
 if TYPE_CHECKING:
     import onnx_ir
 
-EXACT_SHIFT = 45
-"""Up to this shift c all that does not saturate is exact in f64: |x b| < 2**(c + 8) = 2**53."""
+    from intarsia.ir.graph import Graph
 
 FEW_CHANNELS = 32
 """Below, copying patches costs more than a product with weights packed once saves: 10.2 ms against 4.6 with 3 channels,
 1.9 against 2.8 with 512 (docs/decisions/007)."""
 
-_END = 2**31 - 1
-"""Of an axis, however long it is."""
-
 
 class IntegerWeights(Weights):
-    """Lays out the weights of all layers; those of integer layers as u8, with 128 for zero."""
+    """Lays out the weights of all layers, and writes integer operators."""
+
+    def __init__(self, target: onnx_ir.Graph, graph: Graph) -> None:
+        super().__init__(target, graph)
+        self.codes = Codes(self)
+        self.dyadic = Dyadic(self)
+        self.products = Products(self)
 
     def spellings(self) -> Mapping[str, Callable[[onnx_ir.Node, Tape], onnx_ir.Value]]:
         """What writes each call of the private domain on the tape and gives its answer."""
@@ -41,128 +48,188 @@ class IntegerWeights(Weights):
             "linear_i8i8": self.linear,
             "conv2d_i8i8": self.convolution,
             "requantize": self.requantized,
+            "add_requantized": self.added,
+            "avg_pool2d_i8": self.averaged,
+            "quantize_static": self.quantized,
         }
 
     def linear(self, node: onnx_ir.Node, tape: Tape) -> onnx_ir.Value:
-        """Input i8 (..., C) times weight (R, C) transposed: i8 (..., R)."""
-        weight = value_of(node, 1)
-        rows, columns = constant(weight).shape.numpy()
-        matrix = self._unsigned(weight, (columns, rows), lambda codes: codes.T)
-        total = self._product("MatMulInteger", tape, self._shifted(value_of(node, 0), tape), matrix)
-        return self._finished(node, tape, total, after=0)
+        """Input i8 (..., C) times weight (R, C) transposed, requantized: (..., R)."""
+        weight, input = self._weight(node), self._input(node, tape, last=False)
+        scaling = self._layer(node, weight, input)
+        form = self.dyadic.result(scaling)
+        self._finish(node, tape, self.products.linear(input, weight, tape), scaling, form, after=0, last=False)
+        return self.codes.answer(form, _dtype(node), tape)
 
     def convolution(self, node: onnx_ir.Node, tape: Tape) -> onnx_ir.Value:
-        """Input i8 (N, C, H, W) with weight (O, C/groups, kh, kw): i8 (N, O, H', W')."""
-        stride, padding, dilation = (node.attributes[key].as_ints() for key in ("stride", "padding", "dilation"))
-        weight, groups = value_of(node, 1), node.attributes["groups"].as_int()
-        outputs, channels, *taps = constant(weight).shape.numpy()
-        if groups > 1 or channels < FEW_CHANNELS:
-            codes = self._unsigned(weight, (outputs, channels, *taps), lambda codes: codes)
-            window = {"strides": stride, "pads": [*padding, *padding], "dilations": dilation, "group": groups}
-            total = self._product("ConvInteger", tape, self._shifted(value_of(node, 0), tape), codes, **window)
-            return self._finished(node, tape, total, after=2)
-        shape = (channels * taps[0] * taps[1], outputs)
-        matrix = self._unsigned(weight, shape, lambda codes: codes.transpose(2, 3, 1, 0).reshape(shape))
-        pixels = self._shifted(tape.op("Transpose", value_of(node, 0), perm=[0, 2, 3, 1]), tape)
-        if any(padding):
-            edges = self._number("i64", [0, *padding, 0, 0, *padding, 0])
-            pixels = tape.op("Pad", pixels, edges, self._number("u8", 128))
-        patches = self._patches(pixels, taps, stride, dilation, tape)
-        total = self._product("MatMulInteger", tape, patches, matrix)
-        return tape.op("Transpose", self._finished(node, tape, total, after=0), perm=[0, 3, 1, 2])
+        """Input i8 (N, C, H, W) with weight (O, C/groups, kh, kw), requantized: (N, O, H', W')."""
+        weight, groups = self._weight(node), node.attributes["groups"].as_int()
+        window: dict[str, Any] = {key: node.attributes[key].as_ints() for key in ("stride", "padding", "dilation")}
+        input = self._input(node, tape, last=self.codes.is_last(value_of(node, 0)))
+        scaling = self._layer(node, weight, input)
+        form = self.dyadic.result(scaling)
+        if (factors := self._whole(node, scaling, form)) is not None:
+            input = self._input(node, tape, last=False)
+            window = {**window, "bias": self._bias(node), "factors": factors, "output_zero": form.zero}
+            codes = self.products.whole_convolution(input, weight, tape, **window, groups=groups)
+            form.unsigned[False] = self._clipped(codes, form, tape)
+        elif groups == 1 and weight.codes.shape[1] >= FEW_CHANNELS:
+            total = self.products.patches(self._input(node, tape, last=True), weight, tape, **window)
+            self._finish(node, tape, total, scaling, form, after=0, last=True)
+        else:
+            input = self._input(node, tape, last=False)
+            total = self.products.convolution(input, weight, tape, **window, groups=groups)
+            self._finish(node, tape, total, scaling, form, after=2, last=False)
+        return self.codes.answer(form, _dtype(node), tape)
 
     def requantized(self, node: onnx_ir.Node, tape: Tape) -> onnx_ir.Value:
-        """Input i32 times the dyadic numbers of its axis: i8."""
+        """Integers times the dyadic numbers of their axis, or of all."""
         input, axis = value_of(node, 0), node.attributes["axis"].as_int()
         assert input.shape is not None
-        after = len(input.shape) - 1 - axis % len(input.shape)
-        return self._scaled(input, value_of(node, 1), value_of(node, 2), tape, after=after)
+        b, c = (constant(value_of(node, index)).numpy() for index in (1, 2))
+        last = self.codes.is_last(input)
+        after = len(input.shape) - 1 - axis % len(input.shape) if len(b) > 1 else 0
+        if last and len(b) > 1:
+            after = (3, 0, 2, 1)[axis % 4]
+        whole, zero = self.codes.whole(input, tape, last=last)
+        low, high = self.codes.ends(input)
+        scaling = Scaling.of(b, c, -zero, (low + zero, high + zero), _ends(node))
+        form = self.dyadic.result(scaling)
+        self.dyadic.scaled(whole, scaling, form, _names(node, 1, 2), tape, after=after, last=last)
+        return self.codes.answer(form, _dtype(node), tape)
 
-    def _unsigned(self, weight: onnx_ir.Value, shape: tuple[int, ...], laid: Callable[[Any], Any]) -> onnx_ir.Value:
-        """The codes of ``weight``, ``laid`` out as ``shape``, plus 128: u8."""
-        import numpy as np
+    def added(self, node: onnx_ir.Node, tape: Tape) -> onnx_ir.Value:
+        """Two tensors of integers, each times its dyadic number."""
+        operands = [value_of(node, 0), value_of(node, 1)]
+        last = any(map(self.codes.is_last, operands))
+        terms = []
+        for operand, index in zip(operands, (2, 4), strict=True):
+            whole, zero = self.codes.whole(operand, tape, last=last)
+            b, c = (constant(value_of(node, index + more)).numpy() for more in (0, 1))
+            low, high = self.codes.ends(operand)
+            reach = (low + zero, high + zero)
+            terms.append((whole, Scaling.of(b, c, -zero, reach, (0, 0)), _names(node, index, index + 1)))
+        low, high = _ends(node)
+        form = Form(low, high, max(0, -low))
+        self.dyadic.added(terms, form, tape, last=last)
+        return self.codes.answer(form, _dtype(node), tape)
+
+    def averaged(self, node: onnx_ir.Node, tape: Tape) -> onnx_ir.Value:
+        """Sums over windows of (N, C, H, W), times a dyadic number."""
+        input = value_of(node, 0)
+        b, c = (constant(value_of(node, index)).numpy() for index in (1, 2))
+        kernel, stride, padding = (node.attributes[key].as_ints() for key in ("kernel_size", "stride", "padding"))
+        terms = kernel[0] * kernel[1]
+        low, high = self.codes.ends(input)
+        total = self.products.sums(input, kernel, stride, padding, tape)
+        reach = (min(low, 0) * terms, max(high, 0) * terms)
+        scaling = Scaling.of(b, c, 0, reach, _ends(node))
+        form = self.dyadic.result(scaling)
+        self.dyadic.scaled(total, scaling, form, _names(node, 1, 2), tape, after=2 * (len(b) > 1), last=False)
+        return self.codes.answer(form, _dtype(node), tape)
+
+    def quantized(self, node: onnx_ir.Node, tape: Tape) -> onnx_ir.Value:
+        """Floats divided in f32 and rounded: in pieces, as ONNX Runtime puts kernels that round otherwise in the place
+        of what stands between DequantizeLinear and QuantizeLinear."""
         import onnx_ir as ir
 
-        tensor = constant(weight)
-        what = f"u8.{'x'.join(map(str, shape))}"
-        return self.initializer(
-            weight, what, ir.DataType.UINT8, shape, lambda: laid(tensor.numpy()).astype(np.uint8) ^ np.uint8(128)
-        )
+        low, high = _ends(node)
+        real = tape.op("Cast", value_of(node, 0), to=int(ir.DataType.FLOAT))
+        real = tape.op("Round", tape.op("Div", real, self.number("f32", node.attributes["scale"].as_float())))
+        form = Form(low, high, max(0, -low))
+        form.real[False] = tape.op("Clip", real, self.number("f32", low), self.number("f32", high))
+        if form.high + form.zero <= 255:
+            moved = form.real.pop(False)
+            moved = tape.op("Add", moved, self.number("f32", form.zero)) if form.zero else moved
+            form.unsigned[False] = tape.op("Cast", moved, to=int(ir.DataType.UINT8))
+        return self.codes.answer(form, _dtype(node), tape)
 
-    def _shifted(self, codes: onnx_ir.Value, tape: Tape) -> onnx_ir.Value:
-        """Codes i8 plus 128: u8."""
-        import onnx_ir as ir
-
-        return tape.op("BitwiseXor", tape.op("Cast", codes, to=int(ir.DataType.UINT8)), self._number("u8", 128))
-
-    def _product(
-        self, op_type: str, tape: Tape, input: onnx_ir.Value, weight: onnx_ir.Value, **window: Any
-    ) -> onnx_ir.Value:
-        """Sums i32 of the products of what both stand for."""
-        zero = self._number("u8", 128)
-        return tape.op(op_type, input, weight, zero, zero, **window)
-
-    def _patches(
-        self, pixels: onnx_ir.Value, taps: Sequence[int], stride: Sequence[int], dilation: Sequence[int], tape: Tape
-    ) -> onnx_ir.Value:
-        """Of pixels (N, H, W, C) those under each tap: (N, H', W', kh*kw*C)."""
-        if tuple(taps) == tuple(stride) == (1, 1):
-            return pixels
-        axes, steps = self._number("i64", [1, 2]), self._number("i64", stride)
-        parts = []
-        for place in product(*map(range, taps)):
-            first = [tap * gap for tap, gap in zip(place, dilation, strict=True)]
-            left = [(count - 1 - tap) * gap for tap, count, gap in zip(place, taps, dilation, strict=True)]
-            ends = self._number("i64", [-rest or _END for rest in left])
-            parts.append(tape.op("Slice", pixels, self._number("i64", first), ends, axes, steps))
-        return tape.op("Concat", *parts, axis=3) if len(parts) > 1 else parts[0]
-
-    def _finished(self, node: onnx_ir.Node, tape: Tape, total: onnx_ir.Value, *, after: int) -> onnx_ir.Value:
-        """The sums i32 plus the bias, requantized along the axis that has ``after`` axes behind it: i8."""
-        if len(node.inputs) > 4:
-            bias = value_of(node, 4)
-            spread = self._number("i64", [-1, *[1] * after])
-            total = tape.op("Add", total, tape.op("Reshape", bias, spread) if after else bias)
-        return self._scaled(total, value_of(node, 2), value_of(node, 3), tape, after=after)
-
-    def _scaled(
-        self, total: onnx_ir.Value, multiplier: onnx_ir.Value, shift: onnx_ir.Value, tape: Tape, *, after: int
-    ) -> onnx_ir.Value:
-        """Sums i32 times multiplier / 2**shift, rounded half up and clipped to i8."""
-        import numpy as np
-        import onnx_ir as ir
-
-        b, c = (constant(value).numpy().astype(np.int64).reshape(-1, *[1] * after) for value in (multiplier, shift))
-        name = f"{multiplier.name}.{shift.name}.{after}"
-        types = ir.DataType
-        if c.max(initial=0) <= EXACT_SHIFT:
-            factor = self._array(f"{name}.factor", np.ldexp(b.astype(np.float64), -c))
-            real = tape.op("Mul", tape.op("Cast", total, to=int(types.DOUBLE)), factor)
-            real = tape.op("Clip", real, self._number("f64", -128), self._number("f64", 127))
-            real = tape.op("Floor", tape.op("Add", real, self._number("f64", 0.5)))
-            return tape.op("Cast", real, to=int(types.INT8))
-        # BitShift is for unsigned numbers: 2**62 makes every product one, and is taken off again after the shift.
-        whole = tape.op("Mul", tape.op("Cast", total, to=int(types.INT64)), self._array(f"{name}.multiplier", b))
-        whole = tape.op("Add", whole, self._array(f"{name}.half", (1 << (c - 1)) + (1 << 62)))
-        whole = tape.op("Cast", whole, to=int(types.UINT64))
-        whole = tape.op("BitShift", whole, self._array(f"{name}.shift", c.astype(np.uint64)), direction="RIGHT")
-        whole = tape.op("Cast", whole, to=int(types.INT64))
-        whole = tape.op("Sub", whole, self._array(f"{name}.offset", np.int64(1) << (62 - c)))
-        whole = tape.op("Clip", whole, self._number("i64", -128), self._number("i64", 127))
-        return tape.op("Cast", whole, to=int(types.INT8))
-
-    def _number(self, dtype: str, number: float | Sequence[int]) -> onnx_ir.Value:
+    def number(self, dtype: str, number: float | Sequence[int]) -> onnx_ir.Value:
         """A number or a short list of them, once however often it is used."""
         import numpy as np
 
-        kinds = {"u8": np.uint8, "i64": np.int64, "f64": np.float64}
+        kinds = {"u8": np.uint8, "i8": np.int8, "i32": np.int32, "i64": np.int64, "f32": np.float32, "f64": np.float64}
         text = str(number).replace(" ", "")
-        return self._array(f"{dtype}.{text}", np.array(number, kinds[dtype]))
+        return self.array(f"{dtype}.{text}", np.array(number, kinds[dtype]))
 
-    def _array(self, name: str, array: Any) -> onnx_ir.Value:
+    def array(self, name: str, array: Any) -> onnx_ir.Value:
+        """An initializer of about this name, once however often these numbers are used."""
         import onnx_ir as ir
 
-        key = (name, "array")
+        key = (name, f"{array.dtype}.{array.shape}.{sha256(array.tobytes()).hexdigest()}")
         if key not in self.made:
-            self.made[key] = self.register(name, ir.tensor(array))
+            count = sum(one == name for one, _ in self.made)
+            self.made[key] = self.register(f"{name}.{count + 1}" if count else name, ir.tensor(array))
         return self.made[key]
+
+    def _weight(self, node: onnx_ir.Node) -> Weight:
+        value = value_of(node, 1)
+        return Weight(value, constant(value).numpy())
+
+    def _input(self, node: onnx_ir.Node, tape: Tape, *, last: bool) -> Input:
+        value = value_of(node, 0)
+        found, zero = self.codes.unsigned(value, tape, last=last)
+        return Input(found, zero, *self.codes.ends(value))
+
+    def _bias(self, node: onnx_ir.Node) -> onnx_ir.Value | None:
+        return value_of(node, _BIAS) if len(node.inputs) > _BIAS else None
+
+    def _layer(self, node: onnx_ir.Node, weight: Weight, input: Input) -> Scaling:
+        """What becomes of the sums of a layer, and of its bias, where it is constant."""
+        b, c = (constant(value_of(node, index)).numpy() for index in (2, 3))
+        bias = self._bias(node)
+        if bias is None:
+            return Scaling.of(b, c, 0, weight.reach(input), _ends(node))
+        if bias.const_value is None:
+            return Scaling.of(b, c, 0, (-(1 << 31), (1 << 31) - 1), _ends(node))
+        return Scaling.of(b, c, bias.const_value.numpy(), weight.reach(input), _ends(node))
+
+    def _whole(self, node: onnx_ir.Node, scaling: Scaling, form: Form) -> Any:
+        """Factors of an operator that multiplies and requantizes at once; None if there are none."""
+        bias = self._bias(node)
+        if (bias is not None and bias.const_value is None) or form.high + form.zero > 255:
+            return None
+        return whole_scale(scaling, form.zero)
+
+    def _finish(
+        self,
+        node: onnx_ir.Node,
+        tape: Tape,
+        total: onnx_ir.Value,
+        scaling: Scaling,
+        form: Form,
+        *,
+        after: int,
+        last: bool,
+    ) -> None:
+        """Sums i32, with the bias, times the dyadic numbers of the axis that has ``after`` axes behind it."""
+        names = _names(node, *range(2, len(node.inputs)))
+        self.dyadic.scaled(total, scaling, form, names, tape, after=after, last=last, bias=self._bias(node))
+
+    def _clipped(self, codes: onnx_ir.Value, form: Form, tape: Tape) -> onnx_ir.Value:
+        """The codes u8 of an operator that saturates at the ends of u8, at those of ``form``."""
+        low, high = form.low + form.zero, form.high + form.zero
+        if (low, high) == (0, 255):
+            return codes
+        return tape.op("Clip", codes, self.number("u8", low), self.number("u8", high))
+
+
+_BIAS = 4
+"""Place of a layer's bias, which is left out where there is none."""
+
+
+def _ends(node: onnx_ir.Node) -> tuple[int, int]:
+    return node.attributes["low"].as_int(), node.attributes["high"].as_int()
+
+
+def _names(node: onnx_ir.Node, *places: int) -> str:
+    return ".".join(str(value_of(node, place).name) for place in places)
+
+
+def _dtype(node: onnx_ir.Node) -> Any:
+    """Of the call's answer, by its ends."""
+    import onnx_ir as ir
+
+    low, high = _ends(node)
+    types = ((8, ir.DataType.INT8), (16, ir.DataType.INT16), (32, ir.DataType.INT32))
+    return next(dtype for bits, dtype in types if -(1 << (bits - 1)) <= low and high < 1 << (bits - 1))

@@ -108,6 +108,8 @@ def translations() -> Mapping[Callable[..., Any], Callable[..., Any]]:
         torch.ops.intarsia.linear_i8i8.default: _linear_i8i8,
         torch.ops.intarsia.conv2d_i8i8.default: _conv2d_i8i8,
         torch.ops.intarsia.requantize.default: _requantize,
+        torch.ops.intarsia.add_requantized.default: _add_requantized,
+        torch.ops.intarsia.avg_pool2d_i8.default: _avg_pool2d_i8,
         torch.ops.intarsia.quantize_static.default: _quantize_static,
         torch.ops.intarsia.dequantize_static.default: _dequantize_static,
         torch.ops.intarsia.unpack_i4.default: _unpack_i4,
@@ -211,8 +213,11 @@ def _linear_i4(input: Any, packed: Any, scale: Any, bias: Any = None, group: int
     return private("linear_i4", ("input", "packed", "scale", "bias"), "group")(input, packed, scale, bias, group=group)
 
 
-def _linear_i8i8(input: Any, weight: Any, bias: Any, multiplier: Any, shift: Any) -> Any:
-    return private("linear_i8i8", _INTEGER_LAYER)(input, weight, multiplier, shift, bias)
+def _linear_i8i8(  # noqa: PLR0917
+    input: Any, weight: Any, bias: Any, multiplier: Any, shift: Any, low: int = -128, high: int = 127
+) -> Any:
+    call = private("linear_i8i8", _INTEGER_LAYER, "low", "high")
+    return call(input, weight, multiplier, shift, bias, low=low, high=high)
 
 
 def _conv2d_i8i8(  # noqa: PLR0917
@@ -225,22 +230,55 @@ def _conv2d_i8i8(  # noqa: PLR0917
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    low: int = -128,
+    high: int = 127,
 ) -> Any:
-    call = private("conv2d_i8i8", _INTEGER_LAYER, "stride: INTS", "padding: INTS", "dilation: INTS", "groups")
     window = {"stride": list(stride), "padding": list(padding), "dilation": list(dilation)}
-    return call(input, weight, multiplier, shift, bias, **window, groups=groups)
+    keys = ("stride: INTS", "padding: INTS", "dilation: INTS", "groups", "low", "high")
+    call = private("conv2d_i8i8", _INTEGER_LAYER, *keys)
+    return call(input, weight, multiplier, shift, bias, **window, groups=groups, low=low, high=high)
 
 
-def _requantize(input: Any, multiplier: Any, shift: Any, axis: int) -> Any:
-    return private("requantize", ("input", "multiplier", "shift"), "axis")(input, multiplier, shift, axis=axis)
+def _requantize(  # noqa: PLR0917
+    input: Any, multiplier: Any, shift: Any, axis: int, low: int = -128, high: int = 127
+) -> Any:
+    call = private("requantize", ("input", "multiplier", "shift"), "axis", "low", "high")
+    return call(input, multiplier, shift, axis=axis, low=low, high=high)
 
 
-def _quantize_static(input: Any, scale: float) -> Any:
-    """In pieces: between DequantizeLinear and QuantizeLinear ONNX Runtime puts kernels that round otherwise."""
-    from onnxscript import opset23 as op
+def _add_requantized(  # noqa: PLR0917
+    input: Any,
+    other: Any,
+    multiplier: Any,
+    shift: Any,
+    other_multiplier: Any,
+    other_shift: Any,
+    low: int = -128,
+    high: int = 127,
+) -> Any:
+    inputs = ("input", "other", "multiplier", "shift", "other_multiplier", "other_shift")
+    call = private("add_requantized", inputs, "low", "high")
+    return call(input, other, multiplier, shift, other_multiplier, other_shift, low=low, high=high)
 
-    steps = op.Div(op.Cast(input, to=_FLOAT), op.Constant(value_float=scale))
-    return op.Cast(op.Clip(op.Round(steps), -128.0, 127.0), to=_INT8)
+
+def _avg_pool2d_i8(  # noqa: PLR0917
+    input: Any,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    multiplier: Any,
+    shift: Any,
+    low: int = -128,
+    high: int = 127,
+) -> Any:
+    window = {"kernel_size": list(kernel_size), "stride": list(stride), "padding": list(padding)}
+    keys = ("kernel_size: INTS", "stride: INTS", "padding: INTS", "low", "high")
+    call = private("avg_pool2d_i8", ("input", "multiplier", "shift"), *keys)
+    return call(input, multiplier, shift, **window, low=low, high=high)
+
+
+def _quantize_static(input: Any, scale: float, low: int = -128, high: int = 127) -> Any:
+    return private("quantize_static", ("input",), "scale: FLOAT", "low", "high")(input, scale=scale, low=low, high=high)
 
 
 def _dequantize_static(input: Any, scale: float, dtype: int) -> Any:
@@ -278,7 +316,7 @@ def private(name: str, inputs: Sequence[str], *attributes: str) -> Callable[...,
 
     optional = OpSchema.FormalParameterOption.Optional
     kinds = {key: kind or "INT" for key, _, kind in (attribute.partition(": ") for attribute in attributes)}
-    dtypes = ("float", "float16", "bfloat16", "double", "int8", "uint8", "int32", "int64")
+    dtypes = ("float", "float16", "bfloat16", "double", "int8", "uint8", "int16", "int32", "int64")
     types = [f"tensor({dtype})" for dtype in dtypes]
     schema = OpSchema(
         name,

@@ -1,0 +1,186 @@
+"""When floating point gives exactly the integers of a dyadic number, proved at every sum at which the result changes.
+
+Both what is defined, floor((x + bias) * multiplier / 2**shift + 1/2) clipped, and what floats compute of x never fall
+as x grows. So they agree on all x if they agree on both sides of each step of the first, and those are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+DOUBLE = 53
+"""Bits of a whole number that f64 holds."""
+
+SINGLE = 1 << 24
+"""Whole numbers below it are exact in f32."""
+
+EVERY = 1 << 16
+"""Up to so many numbers of a single channel are looked at one by one."""
+
+NEIGHBOURS = (0, 1, -1, 2, -2, 3, -3)
+"""How many f32 beside the nearest one a factor is tried."""
+
+_WIDEST = 1 << 62
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What becomes of whole numbers x of each channel, lowest <= x <= highest: all arrays i64 (O).
+
+    Attributes:
+        low: To what the result is clipped from below.
+        high: And from above.
+    """
+
+    multiplier: Array
+    shift: Array
+    bias: Array
+    lowest: Array
+    highest: Array
+    low: int
+    high: int
+
+    @staticmethod
+    def of(
+        multiplier: Array,
+        shift: Array,
+        bias: Array | int,
+        reach: tuple[Array | int, Array | int],
+        ends: tuple[int, int],
+    ) -> Scaling:
+        """With numbers for arrays where all channels are alike."""
+        lowest, highest = reach
+        alike = np.broadcast_arrays(*(np.asarray(one, np.int64) for one in (multiplier, shift, bias, lowest, highest)))
+        b, c, bias, lowest, highest = (np.atleast_1d(one).copy() for one in alike)
+        # With the bias they are in int32, or mean nothing.
+        lowest, highest = np.maximum(lowest, -(1 << 31) - bias), np.minimum(highest, (1 << 31) - 1 - bias)
+        while (even := (b % 2 == 0) & (b != 0) & (c > 1)).any():
+            b, c = np.where(even, b // 2, b), np.where(even, c - 1, c)
+        return Scaling(b, c, bias, lowest, highest, *ends)
+
+    def exactly(self, x: Array) -> Array:
+        """What is defined, of x (O, any)."""
+        return np.clip(self.unclipped(x), self.low, self.high)
+
+    def unclipped(self, x: Array) -> Array:
+        """The same before it is clipped."""
+        b, c, bias = (one[:, None] for one in (self.multiplier, self.shift, self.bias))
+        found: Array = ((x + bias) * b + (np.int64(1) << (c - 1))) >> c
+        return found
+
+    @cached_property
+    def bits(self) -> int:
+        """Of the largest whole number that comes up before the shift, half a unit and the result's ends among them."""
+        largest = np.maximum(abs(self.lowest + self.bias), abs(self.highest + self.bias))
+        largest = np.maximum(largest, np.maximum(abs(self.lowest), abs(self.highest))) + abs(self.bias)
+        numbers = zip(largest.tolist(), self.multiplier.tolist(), self.shift.tolist(), strict=True)
+        return max((abs(x * b) + (1 << c) * (1 + abs(self.low)) for x, b, c in numbers), default=0).bit_length()
+
+    @property
+    def saturating_bits(self) -> int:
+        """Of the largest whole number before the shift that the result's ends do not clip, half a unit among them."""
+        return int(((self.high - self.low + 2) << int(self.shift.max(initial=1))).bit_length())
+
+    @cached_property
+    def borders(self) -> Array | None:
+        """Numbers x (O, any) on both sides of all steps, and the ends; None where that is not known."""
+        span = int((self.highest - self.lowest).max(initial=0))
+        if len(self.lowest) == 1 and span <= EVERY:
+            return np.arange(self.lowest[0], self.highest[0] + 1)[None]
+        b, c, bias = (one[:, None] for one in (self.multiplier, self.shift, self.bias))
+        codes = max(abs(self.low), abs(self.high)) + 1
+        if self.multiplier.min(initial=1) < 1 or codes << int(self.shift.max(initial=1)) >= _WIDEST:
+            return None
+        if self.high - self.low > 255 or abs(self.bias).max(initial=0) >= _WIDEST:
+            return None
+        steps = np.arange(self.low + 1, self.high + 1)[None] << c
+        above = -((-(steps - (np.int64(1) << (c - 1)))) // b) - bias
+        ends = np.stack([self.lowest, self.highest], axis=1)
+        return np.clip(np.concatenate([above, above - 1, ends], axis=1), self.lowest[:, None], self.highest[:, None])
+
+
+def whole_scale(scaling: Scaling, zero: int) -> Array | None:
+    """Factors f32 (O) with which QLinearConv and QLinearMatMul give what is defined; None if there are none.
+
+    They add the bias in int32, multiply in f32, round half to even, add ``zero`` and saturate to u8.
+    """
+
+    def computed(x: Array, factor: Array) -> Array:
+        total = (x + scaling.bias[:, None]).astype(np.float32)
+        codes = np.clip(np.rint(total * factor), -zero, 255 - zero).astype(np.int64)
+        return np.clip(codes, scaling.low, scaling.high)
+
+    found = _search(scaling, computed, (_factor(scaling),))
+    return None if found is None else found[0]
+
+
+def affine(scaling: Scaling, offset: int) -> tuple[Array, Array] | None:
+    """Factors and summands f32 (O): floor(x * factor + summand) is what is defined, plus ``offset``; None if none are.
+
+    Multiplied and added in f32, each rounded on its own, and clipped before floor.
+    """
+    low, high = scaling.low + offset, scaling.high + offset
+
+    def computed(x: Array, factor: Array, summand: Array) -> Array:
+        real = np.clip(x.astype(np.float32) * factor + summand, np.float32(low), np.float32(high))
+        return np.floor(real).astype(np.int64) - offset
+
+    if max(abs(low), abs(high)) >= SINGLE:
+        return None
+    factor, summand = exact_affine(scaling, offset)
+    found = _search(scaling, computed, (factor.astype(np.float32), summand.astype(np.float32)))
+    return None if found is None else (found[0], found[1])
+
+
+def exact_affine(scaling: Scaling, offset: int) -> tuple[Array, Array]:
+    """The same in f64, without proof: exact if ``scaling.bits`` are at most ``DOUBLE``."""
+    factor = np.ldexp(scaling.multiplier.astype(np.float64), -scaling.shift)
+    return factor, factor * scaling.bias + (0.5 + offset)
+
+
+def _factor(scaling: Scaling) -> Array:
+    return np.maximum(exact_affine(scaling, 0)[0], 1e-30).astype(np.float32)
+
+
+def _search(scaling: Scaling, computed: Callable[..., Array], start: tuple[Array, ...]) -> tuple[Array, ...] | None:
+    """The parameters near ``start``, arrays f32 (O), of which ``computed`` is right at all borders."""
+    points = scaling.borders
+    if points is None:
+        return None
+    expected = scaling.exactly(points)
+    found, open_ = [one.copy() for one in start], np.ones(len(points), bool)
+    for tried in _near(start):
+        whole = computed(points, *(one[:, None] for one in tried)) == expected
+        good = open_ & whole.all(axis=1)
+        for one, other in zip(found, tried, strict=True):
+            one[good] = other[good]
+        open_ &= ~good
+        if not open_.any():
+            return tuple(found)
+        if open_.mean() > 0.5 and tried is not start:
+            return None
+    return None
+
+
+def _near(start: tuple[Array, ...]) -> Iterator[tuple[Array, ...]]:
+    yield start
+    for first in NEIGHBOURS:
+        beside = _stepped(start[0], first)
+        if len(start) == 1:
+            yield (beside,)
+            continue
+        for second in NEIGHBOURS:
+            yield beside, _stepped(start[1], second)
+
+
+def _stepped(values: Array, steps: int) -> Array:
+    for _ in range(abs(steps)):
+        values = np.nextafter(values, np.float32(np.inf if steps > 0 else -np.inf))
+    return values
