@@ -11,7 +11,7 @@ from torch import Tensor
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.target import Target
 from intarsia.kernels import limits
-from intarsia.kernels.base import Work
+from intarsia.kernels.base import Work, moved_bytes
 from intarsia.kernels.calibrated import reference
 
 OPS = ("intarsia.calibrated",)
@@ -46,5 +46,5 @@ def why_not(node: Node, graph: Graph, target: Target) -> str | None:
 
 
 def work(node: Node, graph: Graph, sizes: Mapping[str, int]) -> Work:
-    """Nothing: backends drop it."""
-    return Work(0.0, node.type.dtype, 0)
+    """No product; moves its operand once, where a backend does not drop it."""
+    return Work(0.0, node.type.dtype, moved_bytes(node, graph, sizes))

@@ -103,10 +103,13 @@ def sparse_attentions() -> Iterator[Case]:
             key, value = (random(2, 3, keys, 16, dtype=dtype, seed=seed) for seed in (1, 2))
             attention = {"query": query, "key": key, "value": value, "lengths": lengths, "scale": None}
             yield {**attention, "blocks": blocks, "order": order, "block_q": 2, "block_k": 3}
+            yield {**attention, "blocks": blocks, "order": order, "block_q": 2, "block_k": 3, "mean": 0.25}
 
 
 def tabled_attentions() -> Iterator[Case]:
     for case in sparse_attentions():
+        if "mean" in case:  # what has arrays for tables has no mean
+            continue
         rest = {key: value for key, value in case.items() if key not in ("blocks", "order")}
         tables = block_tables(case["blocks"], case["order"], case["key"].shape[2], case["block_k"])
         yield {**rest, **tables._asdict(), "tokens": tables.tokens if case["order"] else None}
@@ -169,6 +172,7 @@ CASES: Mapping[str, Callable[[], Iterable[Case]]] = {
         {"bias": random(9, dtype=dtype), "scale": random(9, seed=1).abs() + 0.1, "input_scale": 0.02}
         for dtype in DTYPES
     ),
+    "intarsia.calibrated": lambda: ({"input": weight, "low": -1.0, "high": 2.5} for weight in weights()),
     "intarsia.fake_quantize": lambda: ({**case, "low": 0, "high": 15} for case in roundings()),
     "intarsia.fake_quantize_channels": lambda: ({"weight": w, "bits": bits} for w in weights() for bits in (4, 8)),
     "intarsia.fake_quantize_bias": lambda: (
