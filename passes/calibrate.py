@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from intarsia.ir.errors import PlanError, SpecError
-from intarsia.ir.graph import Graph, Node, Ref, Value
+from intarsia.ir.graph import Arg, Graph, Node, Ref, Value
 from intarsia.ir.plan import Choices, Chosen
 from intarsia.ir.program import split_constant
 from intarsia.ir.rewrite import fresh, renamed
@@ -66,7 +66,7 @@ class Calibrate(Pass):
             if value.name in found:
                 low, high = found[value.name]
                 made = Value(fresh(f"{value.name}.calibrated", graph.values), value.type)
-                args = {"input": Ref(value.name), "low": low, "high": high}
+                args: dict[str, Arg] = {"input": Ref(value.name), "low": low, "high": high}
                 nodes.append(Node("intarsia.calibrated", args, (made,), origin))
                 names[value.name] = made.name
 
