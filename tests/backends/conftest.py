@@ -30,7 +30,7 @@ TWO_LAYERS = """graph two_layers {
 }
 """
 
-SHIFTS = {"c1": 37, "c2": 31, "c3": 29, "c4": 37, "fc": 31, "one": 32, "other": 31, "mean": 38}
+SHIFTS = {"c1": 37, "c2": 31, "c3": 29, "c4": 37, "fc": 31, "one": 32, "other": 31, "pool": 32, "mean": 38}
 """For multipliers around 2**30.5: results fill their range, and some saturate."""
 
 
