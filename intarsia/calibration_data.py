@@ -1,147 +1,196 @@
-"""A user's calibration data: a folder of arrays or pictures, one file of arrays, or a function of theirs."""
+"""A user's calibration data as inputs of calls: from a folder, one file of arrays, or a function of theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from intarsia.calibration_files import ARRAYS, Scaling, count, files_in, samples
 from intarsia.ir import registry
-from intarsia.ir.errors import UsageError
-from intarsia.ir.graph import Graph
+from intarsia.ir.errors import InvalidGraph, UsageError
+from intarsia.ir.graph import Graph, Value
 from intarsia.ir.operators import DTYPES
+from intarsia.ir.sizes import Dim, names, solve
 from intarsia.ir.types import TensorType
 
-ARRAYS = (".npy", ".npz")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SAMPLES_A_CALL = 16
+"""Samples of one call where the graph leaves their number open."""
 
 Batch = tuple[Tensor, ...]
+Item = tuple[str, Sequence[Tensor]]
+"""Where a sample or a call comes from, for messages, and its tensors."""
 
 
 @dataclass(frozen=True)
-class Scaling:
-    """How pictures become numbers: ``(value / 255 - mean) / std``, channel by channel or alike for all."""
+class Batches:
+    """Inputs of calls, in the graph's order, read one call at a time; UsageError for data that does not fit.
 
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.5,)
+    Attributes:
+        total: How many calls there are; None where a function tells only as it goes.
+    """
 
-    def __post_init__(self) -> None:
-        if any(number <= 0 for number in self.std):
-            raise UsageError(f"--std {','.join(map(str, self.std))}: every number is above 0")
+    total: int | None
+    made: Callable[[], Iterator[Batch]] = field(repr=False)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.made()
 
 
-def batches(data: str, graph: Graph, *, samples: int, scaling: Scaling) -> Iterator[Batch]:
-    """Inputs of at most ``samples`` calls, in the graph's order.
+def read(data: str, graph: Graph, *, limit: int, seed: int = 0, scaling: Scaling | None = None) -> Batches:
+    """At most ``limit`` samples as inputs of calls, as many a call as the graph takes.
 
     Args:
-        data: A folder of ``.npy``, ``.npz`` or pictures, in the order of their names, one sample a file; one such file
-            of arrays with samples along the first axis; or ``loader.py:function``, which yields tensors or tuples of
-            them. Arrays of ``.npz`` are named after the graph's inputs.
-        scaling: Of pictures, which are resized to the input's extents.
+        data: A folder of ``.npy``, ``.npz`` and pictures; one ``.npy`` or ``.npz`` with samples along the first axis,
+            named after the graph's inputs where these are several; or ``loader.py:function``, which takes nothing and
+            yields the inputs of one call after the other, a tensor or a tuple of them.
+        limit: Of more samples in files, so many are drawn; of a function the first are taken.
+        seed: Of the draw; those that are drawn stay in the order of files and rows.
+        scaling: Of pictures, which need one.
 
     Raises:
-        UsageError: No data, or a file that does not fit; one line with the file.
+        UsageError: There is no data, or it does not fit; one line with the file.
     """
     if ".py:" in data:
-        return islice(_from_function(data, graph), samples)
+        each = max(1, _samples_a_call(graph)[0])
+        calls = max(1, limit // each)
+        return Batches(None, lambda: _varied(islice(_yielded(data, graph), calls), data))
     path = Path(data)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in (*ARRAYS, *PICTURES))
-        if not files:
-            raise UsageError(f"--data {data}: holds no {', '.join((*ARRAYS, *PICTURES))}")
-        return (_from_file(file, graph, scaling) for file in files[:samples])
-    if path.suffix.lower() not in ARRAYS:
+    if not path.is_dir() and path.suffix.lower() not in ARRAYS:
         raise UsageError(f"--data {data}: expected a folder, an .npy or .npz file, or loader.py:function")
-    return islice(_rows(path, graph), samples)
+    least, most = _samples_a_call(graph)
+    if not most:
+        told = ", ".join(f"%{value.name} {value.type}" for value in graph.inputs)
+        raise UsageError(f"--data {data}: {told}: first axes that differ are no samples; use loader.py:function")
+    files = files_in(path) if path.is_dir() else [path]
+    places = [(file, row) for file in files for row in range(count(file, graph))]
+    drawn = sorted(random.Random(seed).sample(range(len(places)), min(limit, len(places))))
+    whole, rest = divmod(len(drawn), most)
+    calls, taken = (whole + 1, len(drawn)) if rest >= least else (whole, whole * most)
+    if not calls:
+        raise UsageError(f"--data {data}: {len(drawn)} samples to take; one call of {graph.name} takes {least}")
+    chosen = [places[index] for index in drawn[:taken]]
+    return Batches(calls, lambda: _varied(_stacked(_items(chosen, graph, scaling), graph, most), data))
 
 
-def _from_function(data: str, graph: Graph) -> Iterator[Batch]:
+def _samples_a_call(graph: Graph) -> tuple[int, int]:
+    """How few and how many samples one call takes, by the first axis of all inputs; 0 where they do not share one."""
+    first = {_type(value).shape[:1] for value in graph.inputs}
+    if len(first) != 1 or not (shape := first.pop()):
+        return 0, 0
+    if isinstance(shape[0], int):
+        return shape[0], shape[0]
+    size = next((size for size in graph.sizes if size.name == shape[0]), None)
+    if size is None:
+        return 0, 0
+    return size.minimum, max(size.minimum, min(SAMPLES_A_CALL, size.maximum or SAMPLES_A_CALL))
+
+
+def _items(chosen: Sequence[tuple[Path, int]], graph: Graph, scaling: Scaling | None) -> Iterator[Item]:
+    """The chosen samples, each file opened once."""
+    by_file: dict[Path, list[int]] = {}
+    for file, row in chosen:
+        by_file.setdefault(file, []).append(row)
+    for file, rows in by_file.items():
+        yield from samples(file, rows, graph, scaling)
+
+
+def _stacked(items: Iterator[Item], graph: Graph, each: int) -> Iterator[Batch]:
+    """Calls of ``each`` samples; the last may have fewer."""
+    while group := list(islice(items, each)):
+        rows = [_checked(tensors, graph, where, skipped=1) for where, tensors in group]
+        for (where, _), row in zip(group, rows, strict=True):
+            if [part.shape for part in row] != [part.shape for part in rows[0]]:
+                raise UsageError(f"{where}: differs in extents from {group[0][0]}, which is in the same call")
+        yield _sized(tuple(map(torch.stack, zip(*rows, strict=True))), graph, group[0][0])
+
+
+def _yielded(data: str, graph: Graph) -> Iterator[Batch]:
+    """Calls as a user's function gives them, a first axis of 1 put in front where only that is missing."""
     found = registry.function_from_file(data, kind="data")
-    yielded = found()
-    if not isinstance(yielded, Iterable):
-        raise UsageError(f"--data {data}: it returns {type(yielded).__name__}; expected an iterable of tensors")
-    for number, one in enumerate(yielded):
+    for number, one in enumerate(_told(found, data)):
+        where = f"--data {data}, item {number}"
         parts = one if isinstance(one, tuple | list) else (one,)
-        yield _fitted([torch.as_tensor(part) for part in parts], graph, f"--data {data}, item {number}")
+        if not all(isinstance(part, Tensor) for part in parts):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise UsageError(f"{where}: is {kinds}; expected a tensor, or a tuple of tensors")
+        if len(parts) != len(graph.inputs):
+            raise UsageError(f"{where}: has {len(parts)} tensors; the graph takes {len(graph.inputs)}")
+        whole = [
+            part[None] if part.ndim == len(_type(value).shape) - 1 else part
+            for part, value in zip(parts, graph.inputs, strict=True)
+        ]
+        yield _sized(_checked(whole, graph, where, skipped=0), graph, where)
 
 
-def _from_file(file: Path, graph: Graph, scaling: Scaling) -> Batch:
-    """One file as one sample."""
-    if file.suffix.lower() in PICTURES:
-        return _fitted([_picture(file, _only(graph, file), scaling)], graph, str(file))
-    return _fitted([torch.from_numpy(array) for array in _arrays(file, graph)], graph, str(file))
-
-
-def _rows(file: Path, graph: Graph) -> Iterator[Batch]:
-    """One file whose first axis is samples, each given to the graph as a batch of one."""
-    arrays = _arrays(file, graph)
-    if len({array.shape[:1] for array in arrays}) != 1 or not arrays[0].ndim or not arrays[0].shape[0]:
-        shapes = ", ".join(str(array.shape) for array in arrays)
-        raise UsageError(f"{file}: its arrays are {shapes}; the first axis is samples, as many in each")
-    for number in range(arrays[0].shape[0]):
-        yield _fitted([torch.from_numpy(array[number]) for array in arrays], graph, f"{file}, sample {number}")
-
-
-def _arrays(file: Path, graph: Graph) -> list[NDArray[np.generic]]:
+def _told(function: Callable[[], object], data: str) -> Iterator[object]:
     try:
-        found = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: cannot be read as arrays: {error}") from error
-    if isinstance(found, np.ndarray):
-        return [found]
-    with found:
-        missing = [value.name for value in graph.inputs if value.name not in found.files]
-        if missing:
-            raise UsageError(
-                f"{file}: holds {', '.join(found.files) or 'nothing'}; the graph's {missing[0]!r} is missing"
-            )
-        return [found[value.name] for value in graph.inputs]
+        found = function()
+        if not isinstance(found, Iterable):
+            raise UsageError(f"--data {data}: it returns {type(found).__name__}; expected an iterable of tensors")
+        yield from found
+    except UsageError:
+        raise
+    except Exception as error:  # the function is the user's own, and may raise anything
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--data {data}: it raised {type(error).__name__}: {reason}") from error
 
 
-def _only(graph: Graph, file: Path) -> TensorType:
-    """The one input that pictures can be."""
-    types = [cast("TensorType", value.type) for value in graph.inputs]
-    if len(types) != 1 or len(types[0].shape) != 4 or not all(isinstance(extent, int) for extent in types[0].shape[1:]):
-        told = ", ".join(map(str, types))
-        raise UsageError(f"{file}: the graph takes {told}; pictures are for one input (batch, channels, height, width)")
-    return types[0]
-
-
-def _picture(file: Path, type_: TensorType, scaling: Scaling) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
-
-    channels, height, width = (cast("int", extent) for extent in type_.shape[1:])
-    if channels not in (1, 3):
-        raise UsageError(f"{file}: the graph takes {channels} channels; pictures have 1 or 3")
-    try:
-        with Image.open(file) as opened:
-            resized = opened.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BILINEAR)
-    except (UnidentifiedImageError, OSError) as error:
-        raise UsageError(f"{file}: cannot be read as a picture: {error}") from error
-    pixels = torch.from_numpy(np.array(resized)).reshape(height, width, channels).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (scaling.mean, scaling.std))
-    if not {len(scaling.mean), len(scaling.std)} <= {1, channels}:
-        raise UsageError(f"--mean and --std have {len(scaling.mean)} and {len(scaling.std)} numbers; 1 or {channels}")
-    return (pixels - mean) / std
-
-
-def _fitted(parts: list[Tensor], graph: Graph, where: str) -> Batch:
-    """The tensors in the types of the graph's inputs, a batch axis of one put in front where only that is missing."""
-    if len(parts) != len(graph.inputs):
-        raise UsageError(f"{where}: holds {len(parts)} arrays; the graph takes {len(graph.inputs)} inputs")
+def _checked(tensors: Sequence[Tensor], graph: Graph, where: str, *, skipped: int) -> Batch:
+    """The tensors in the inputs' element types, their extents being the inputs' without the first ``skipped``."""
     found = []
-    for part, value in zip(parts, graph.inputs, strict=True):
-        type_ = cast("TensorType", value.type)
-        whole = part[None] if part.ndim == len(type_.shape) - 1 else part
-        fixed = zip(whole.shape, type_.shape, strict=False)
-        if whole.ndim != len(type_.shape) or any(isinstance(dim, int) and extent != dim for extent, dim in fixed):
-            raise UsageError(f"{where}: {value.name} is {tuple(part.shape)}; the graph takes {type_}")
-        found.append(whole.to(DTYPES[type_.dtype]))
+    for tensor, value in zip(tensors, graph.inputs, strict=True):
+        type_, dtype = _type(value), DTYPES[_type(value).dtype]
+        wanted = type_.shape[skipped:]
+        fits = len(wanted) == tensor.ndim and all(
+            extent == dim if isinstance(dim, int) else extent > 0
+            for extent, dim in zip(tensor.shape, wanted, strict=True)
+        )
+        if not fits:
+            raise UsageError(f"{where}: {value.name} is {tuple(tensor.shape)}; the graph takes {type_}")
+        if tensor.is_floating_point() != dtype.is_floating_point:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UsageError(f"{where}: {value.name} holds {kind}; the graph takes {type_}, as the network reads it")
+        if torch.isnan(tensor).any():
+            raise UsageError(f"{where}: {value.name} holds NaN; leave that sample out, or mend it")
+        found.append(tensor.detach().to("cpu", dtype))
     return tuple(found)
+
+
+def _sized(batch: Batch, graph: Graph, where: str) -> Batch:
+    """The inputs of a call; UsageError where no sizes of the graph give these extents."""
+    extents: dict[Dim, int] = {}
+    for tensor, value in zip(batch, graph.inputs, strict=True):
+        for extent, dim in zip(tensor.shape, _type(value).shape, strict=True):
+            if names(dim) and extents.setdefault(dim, extent) != extent:
+                raise UsageError(f"{where}: {dim} is {extents[dim]} and {extent}; one call has one {dim}")
+    try:
+        found = solve(extents)
+    except InvalidGraph as error:
+        raise UsageError(f"{where}: {error}") from error
+    for size in graph.sizes:
+        if size.name in found and not size.minimum <= found[size.name] <= (size.maximum or found[size.name]):
+            raise UsageError(f"{where}: {size.name} is {found[size.name]}; the graph takes {size}")
+    return batch
+
+
+def _varied(batches: Iterator[Batch], data: str) -> Iterator[Batch]:
+    """The batches; UsageError behind the last one if all numbers of all of them were the same."""
+    seen: set[float] = set()
+    for batch in batches:
+        for tensor in batch if len(seen) < 2 else ():
+            if tensor.is_floating_point() and tensor.numel() > 1:
+                seen |= {float(tensor.min()), float(tensor.max())}
+        yield batch
+    if len(seen) == 1:
+        raise UsageError(f"--data {data}: every number of it is {seen.pop()}; give samples like those of its use")
+
+
+def _type(value: Value) -> TensorType:
+    return cast("TensorType", value.type)

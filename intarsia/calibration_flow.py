@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from intarsia import subject as subjects
-from intarsia.calibration_data import Scaling, batches
+from intarsia.calibration_data import Batch, read
+from intarsia.calibration_files import Scaling
 from intarsia.ir.errors import UsageError
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program
@@ -28,11 +28,13 @@ class Calibrated:
     Attributes:
         plan: Folds batch norms and writes the ranges into the graph.
         ranges: The least and the largest number, by value.
-        warnings: A line for each value that has no scale.
+        samples: How many samples were read.
+        warnings: A line for each value that has no grid and each layer with dead channels.
     """
 
     plan: Plan
     ranges: Mapping[str, tuple[float, float]]
+    samples: int
     warnings: tuple[str, ...]
 
 
@@ -40,48 +42,44 @@ def calibrated(
     model: str | Path | subjects.Subject,
     data: str,
     *,
-    target: str,
+    target: str = "null",
     method: str = "minmax",
     samples: int = 256,
-    mean: tuple[float, ...] = (0.5,),
-    std: tuple[float, ...] = (0.5,),
+    seed: int = 0,
+    scaling: Scaling | None = None,
     weights: Path | None = None,
     progress: Progress | None = None,
 ) -> Calibrated:
     """The ranges of the model's activations on the data, after batch norms are folded.
 
     Args:
-        data: As ``calibration_data.batches`` takes it.
+        data: As ``calibration_data.read`` takes it, with at most ``samples``, the ``seed`` and the ``scaling``.
+        target: The machine that the plan names; ranges are the same for all.
         method: As ``search.calibration.find_method`` takes it.
-        mean: Of pictures, as ``std``.
 
     Raises:
-        UsageError: The model, the data or the method is none, or data does not fit the model.
+        UsageError: The model or the data is none, or data does not fit the model.
+        SpecError: The method is none.
     """
-    how, scaling, machine = calibration.find_method(method), Scaling(mean, std), load_target(target)
+    how, machine = calibration.find_method(method), load_target(target)
     subject = model if isinstance(model, subjects.Subject) else subjects.resolve(model, weights=weights)
     if subject.program.is_meta:
         raise UsageError(f"{subject.name}: calibration runs the network and needs weights; give --weights")
-    folded = find_pass(FOLD).run(subject.program.graph, machine, {})
-    found = calibration.calibrate(
-        Program(folded, subject.program.weights),
-        batches(data, folded, samples=samples, scaling=scaling),
-        how,
-        progress=progress or Silent(),
-    )
+    told = progress or Silent()
+    told.start("looking through the data", None)
+    batches = read(data, subject.program.graph, limit=samples, seed=seed, scaling=scaling)
+    folded = Program(find_pass(FOLD).run(subject.program.graph, machine, {}), subject.program.weights)
+    taken: list[int] = []
+    found = calibration.calibrate(folded, _counted(batches, taken), how, progress=told, total=batches.total)
     steps = (Step(FOLD), Step(CALIBRATE, found))
-    notes = {"data": data, "method": method, "samples": samples}
+    notes = {"data": data, "method": method, "samples": sum(taken), "seed": seed}
     plan = Plan(subject.program.graph.fingerprint, machine.name, (Phase(steps),), notes)
     ranges = {place: range_of(option) for place, option in found.items()}
-    return Calibrated(plan, ranges, calibration.warnings(found))
+    return Calibrated(plan, ranges, sum(taken), calibration.warnings(found, folded))
 
 
-def numbers(option: str, text: str) -> tuple[float, ...]:
-    """One or more finite numbers between commas; UsageError with the option if it is not that."""
-    try:
-        found = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or not all(map(math.isfinite, found)):
-        raise UsageError(f"{option} {text!r}: expected numbers such as 0.485,0.456,0.406")
-    return found
+def _counted(batches: Iterable[Batch], taken: list[int]) -> Iterator[Batch]:
+    """The batches, and in ``taken`` how many samples each had."""
+    for batch in batches:
+        taken.append(len(batch[0]))
+        yield batch

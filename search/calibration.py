@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,17 +12,18 @@ from torch import Tensor
 
 from intarsia.ir.errors import SpecError, UsageError
 from intarsia.ir.execute import call
+from intarsia.ir.graph import Node
 from intarsia.ir.program import Program, materialize
 from intarsia.ir.spec import Spec, construct
-from intarsia.passes.calibrate import places
+from intarsia.passes.calibrate import places, range_of
+from intarsia.passes.quantize_integer_grids import Range, why_no_grid
+from intarsia.passes.quantize_integer_roles import LAYERS
+from intarsia.search.histogram import Histogram
 from intarsia.search.progress import Progress, Silent
 from intarsia.search.sensitivity import Batch
 
-BINS = 4096
-"""Of a histogram, on both sides of 0 together."""
-
-Range = tuple[float, float]
-"""The least and the largest number."""
+SHOWN = 6
+"""Dead channels of a layer that a warning lists."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class MinMax(Method):
 
 @dataclass(frozen=True)
 class Percentile(Method):
-    """The range that holds a share of all numbers, with as many left out on either side.
+    """The range that holds a share of all numbers, at most as many left out on either side.
 
     Attributes:
         keep: Percent of the numbers that lie inside.
@@ -89,27 +90,27 @@ class Percentile(Method):
 
     def begin(self) -> Seen:
         """A histogram."""
-        return _Histogram(lambda seen: seen.percentile(self.keep / 100))
+        return _Counted(lambda seen: seen.percentile(self.keep / 100))
 
 
 @dataclass(frozen=True)
 class LeastError(Method):
-    """The range on whose symmetric grid rounding and clipping change the numbers least, in the mean square.
+    """The range on whose grid rounding and clipping change the numbers least, in the mean square.
 
     Attributes:
-        bits: Of the grid.
+        bits: Of the grid, 4 or 8, as ``quantize-integer`` makes it.
     """
 
     name: ClassVar[str] = "mse"
     bits: int = 8
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 16:
-            raise ValueError(f"bits is {self.bits}; it is 2 to 16")
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits is {self.bits}; it is 4 or 8")
 
     def begin(self) -> Seen:
         """A histogram."""
-        return _Histogram(lambda seen: seen.least_error(self.bits))
+        return _Counted(lambda seen: seen.least_error(self.bits))
 
 
 METHODS = {method.name: method for method in (MinMax, Percentile, LeastError)}
@@ -124,14 +125,19 @@ def find_method(text: str) -> Method:
 
 
 def calibrate(
-    program: Program, batches: Iterable[Batch], method: Method, *, progress: Progress | None = None, total: int = 0
+    program: Program,
+    batches: Iterable[Batch],
+    method: Method,
+    *,
+    progress: Progress | None = None,
+    total: int | None = None,
 ) -> dict[str, str]:
     """For each place of the pass ``calibrate`` its option, as ``range(low=-1.25, high=3.5)``.
 
     Args:
         program: The program, batch norms folded; it runs in eager PyTorch, node by node.
         batches: Inputs of calls, in the graph's order; taken one at a time.
-        total: How many batches there are, for the progress bar.
+        total: How many batches there are, where that is known; for the progress bar.
 
     Raises:
         UsageError: No batch, or a number in a batch, or in what the network makes of it, is not finite.
@@ -142,7 +148,7 @@ def calibrate(
         raise UsageError(f"graph {program.graph.name}: nothing to calibrate; it has no convolution and no linear layer")
     seen = {name: method.begin() for name in wanted}
     ready, count = materialize(program), 0
-    told.start("calibration", total or None)
+    told.start("calibration", total)
     for batch in batches:
         for name, tensor in _values(ready, batch):
             if name in seen:
@@ -155,13 +161,26 @@ def calibrate(
     return {name: _option(kept.range()) for name, kept in seen.items()}
 
 
-def warnings(options: dict[str, str]) -> tuple[str, ...]:
-    """A line for each place that was zero throughout, which has no scale."""
-    return tuple(
-        f"%{place} was zero on all calibration data: a dead value; its layers can only be kept"
-        for place, option in options.items()
-        if option == _option((0.0, 0.0))
-    )
+def warnings(options: Mapping[str, str], program: Program) -> tuple[str, ...]:
+    """A line for each place whose range has no grid, such as one of 0, and for each layer with dead channels.
+
+    Those are channels whose weights are all zero; ``program`` is the one that was calibrated.
+    """
+    ready = materialize(program)
+    lines = [why_no_grid(place, range_of(option)) for place, option in options.items()]
+    lines += [_dead_channels(node, ready) for node in ready.graph.find(*LAYERS)]
+    return tuple(line for line in lines if line)
+
+
+def _dead_channels(layer: Node, program: Program) -> str | None:
+    weight = program.weights.get(layer.ref("weight"))
+    if weight is None:
+        return None
+    found = (weight.flatten(1) == 0).all(1).nonzero().flatten().tolist()
+    if not found:
+        return None
+    listed = ", ".join(map(str, found[:SHOWN])) + (", ..." if len(found) > SHOWN else "")
+    return f"%{layer.name}: the weights of {len(found)} of {len(weight)} channels are all zero: dead channels {listed}"
 
 
 def _option(found: Range) -> str:
@@ -216,58 +235,12 @@ class _Ends(Seen):
         return self.ends
 
 
-class _Histogram(Seen):
-    """Counts in equal bins from minus ``limit`` to ``limit``, which doubles when a larger number comes."""
-
-    def __init__(self, ranged: Callable[[_Histogram], Range]) -> None:
-        self.ranged = ranged
-        self.limit = 0.0
-        self.counts = torch.zeros(BINS, dtype=torch.float64)
-        self.low, self.high = float("inf"), float("-inf")
+class _Counted(Seen):
+    def __init__(self, ranged: Callable[[Histogram], Range]) -> None:
+        self.ranged, self.counts = ranged, Histogram()
 
     def take(self, numbers: Tensor) -> None:
-        self.low, self.high = min(self.low, float(numbers.min())), max(self.high, float(numbers.max()))
-        largest = max(abs(self.low), abs(self.high))
-        if self.limit == 0.0:
-            self.limit = largest
-        while largest > self.limit:
-            self._double()
-        if self.limit > 0:
-            self.counts += torch.histc(numbers, BINS, -self.limit, self.limit).double()
+        self.counts.take(numbers)
 
     def range(self) -> Range:
-        return (self.low, self.high) if self.limit == 0.0 else self.ranged(self)
-
-    def percentile(self, keep: float) -> Range:
-        """The middle of the bins that hold this share of the numbers, inside of what was seen."""
-        share = self.counts.cumsum(0) / self.counts.sum()
-        beyond = (1 - keep) / 2
-        first = int(torch.searchsorted(share, beyond, right=True))
-        last = int(torch.searchsorted(share, 1 - beyond))
-        edges = self._edges()
-        low, high = float(edges[first]), float(edges[min(last, BINS - 1) + 1])
-        return max(low, self.low), min(high, self.high)
-
-    def least_error(self, bits: int) -> Range:
-        """The ends of the symmetric grid of least squared error, inside of what was seen."""
-        edges = self._edges()
-        middles = (edges[1:] + edges[:-1]) / 2
-        codes = 2 ** (bits - 1) - 1
-        largest = max(abs(self.low), abs(self.high))
-        tried = [largest * part / 100 for part in range(20, 101)]
-        best = min(tried, key=lambda clip: self._error(middles, clip / codes, codes))
-        return max(-best, self.low), min(best, self.high)
-
-    def _error(self, middles: Tensor, scale: float, codes: int) -> float:
-        """Squared error of a grid over the histogram; inside of a bin numbers are taken as spread evenly."""
-        rounded = (middles / scale).round().clamp(-codes - 1, codes) * scale
-        return float((self.counts * (rounded - middles).square()).sum())
-
-    def _double(self) -> None:
-        halved = self.counts.reshape(-1, 2).sum(1)
-        quarter = BINS // 4
-        self.counts = torch.cat([torch.zeros(quarter), halved, torch.zeros(quarter)]).double()
-        self.limit *= 2
-
-    def _edges(self) -> Tensor:
-        return torch.linspace(-self.limit, self.limit, BINS + 1, dtype=torch.float64)
+        return self.ranged(self.counts)

@@ -73,10 +73,31 @@ def test_least_error_is_that_of_the_grid_that_rounds_best() -> None:
     assert high < float(numbers.max())
 
 
-def test_a_value_that_is_always_zero_is_warned_of() -> None:
-    found = calibrate(program(-1.0), [batch(1.0, 2.0)], Percentile())
+def test_the_grid_of_least_error_is_the_one_that_integers_have() -> None:
+    positive = torch.randn(50_000, generator=torch.Generator().manual_seed(2)).relu()
+    (low, high), (lower, higher) = taken(LeastError(bits=4), positive), taken(LeastError(bits=4), -positive)
+    assert low == higher == 0.0
+    assert -lower < high, "sixteen codes above 0 reach further than the eight below it"
+    far = taken(LeastError(), positive + 5.0)
+    assert far[0] == 5.0 < far[1] <= float(positive.max()) + 5.0
+
+
+def test_a_value_that_is_always_zero_and_channels_that_are_dead_are_warned_of() -> None:
+    weights = -torch.eye(8)
+    weights[[1, 6]] = 0.0
+    dead = Program(GRAPH, {"w": weights})
+    found = calibrate(dead, [batch(1.0, 2.0)], Percentile())
     assert range_of(found["z"]) == (0.0, 0.0)
-    assert warnings(found) == ("%z was zero on all calibration data: a dead value; its layers can only be kept",)
+    assert warnings(found, dead) == (
+        "%z was zero on all calibration data; a range of 0 has no scale, calibrate on data that reaches it",
+        "%y: the weights of 2 of 8 channels are all zero: dead channels 1, 6",
+    )
+
+
+def test_zeros_that_come_first_count_as_much_as_later_ones() -> None:
+    zeros, ones = torch.zeros(9_000), torch.linspace(0.0, 1.0, 1_000)
+    assert taken(Percentile(keep=99.0), zeros, ones) == pytest.approx(taken(Percentile(keep=99.0), ones, zeros))
+    assert taken(Percentile(keep=99.0), zeros, ones) == pytest.approx((0.0, 0.95), abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +118,6 @@ def test_data_that_is_none_is_told_in_one_line(batches: list[tuple[Tensor]], sai
 def test_methods_are_written_as_passes_are() -> None:
     assert find_method("minmax") == MinMax()
     assert find_method("percentile(keep=99.9)") == Percentile(keep=99.9)
-    for text, said in (("max", "Known: minmax, percentile, mse"), ("mse(bits=1)", "bits is 1; it is 2 to 16")):
+    for text, said in (("max", "Known: minmax, percentile, mse"), ("mse(bits=16)", "bits is 16; it is 4 or 8")):
         with pytest.raises(SpecError, match=said):
             find_method(text)
