@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from intarsia import kernels
 from intarsia.backends.base import Backend, Built, Engine, cores, require_support
 from intarsia.ir.errors import MissingEnvironment, QualityError, Unsupported, UsageError
-from intarsia.ir.graph import Graph, Node
+from intarsia.ir.graph import Arg, Graph, Node
 from intarsia.ir.operators import resolve
 from intarsia.ir.program import Program
 from intarsia.ir.target import Target
@@ -56,6 +57,8 @@ class OnnxBackend(Backend):
         for key in _CONSTANTS.get(node.op, ()):
             if node.ref(key) not in params:
                 return f"{key} is computed at run time; materialize the program first"
+        if node.op == "intarsia.avg_pool2d_i8" and (reason := _why_no_sum(node, graph)):
+            return reason
         try:
             call = resolve(node.op)
         except Unsupported as error:
@@ -142,6 +145,25 @@ def _session(path: Path, unpacked: bool, threads: int) -> onnxruntime.InferenceS
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def _why_no_sum(node: Node, graph: Graph) -> str | None:
+    """Why the sums of an average pool are not exact; those of a whole picture are in integers."""
+    type_, kernel = graph.type(node.ref("input")), node.args["kernel_size"]
+    assert isinstance(kernel, tuple)
+    if tuple(type_.shape[2:]) == kernel and not any(map(bool, _pair(node.args["padding"]))):
+        return None
+    terms = prod(extent for extent in kernel if isinstance(extent, int))
+    largest = terms * {"i8": 1 << 7}.get(type_.dtype, 1 << 15)
+    if largest < 1 << 24:
+        return None
+    what = f"a window of {terms:,} numbers of {type_.dtype} may sum up to {largest:,}"
+    return f"{what}; f32, in which they are summed, holds less"
+
+
+def _pair(arg: Arg) -> tuple[Arg, ...]:
+    assert isinstance(arg, tuple)
+    return arg
 
 
 def _is_translated(call: Callable[..., Any]) -> bool:

@@ -6,9 +6,10 @@ as x grows. So they agree on all x if they agree on both sides of each step of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,12 @@ EVERY = 1 << 16
 
 NEIGHBOURS = (0, 1, -1, 2, -2, 3, -3)
 """How many f32 beside the nearest one a factor is tried."""
+
+ENOUGH = len(NEIGHBOURS)
+"""Trials after which a search is given up that has found what it looks for in less than half of the channels."""
+
+TINY = 1e-30
+"""In place of a factor of zero, which is no scale; times any int32 it is rounded to zero."""
 
 _WIDEST = 1 << 62
 
@@ -112,12 +119,13 @@ def whole_scale(scaling: Scaling, zero: int) -> Array | None:
     They add the bias in int32, multiply in f32, round half to even, add ``zero`` and saturate to u8.
     """
 
-    def computed(x: Array, factor: Array) -> Array:
-        total = (x + scaling.bias[:, None]).astype(np.float32)
+    def computed(part: Scaling, x: Array, factor: Array) -> Array:
+        total = (x + part.bias[:, None]).astype(np.float32)
         codes = np.clip(np.rint(total * factor), -zero, 255 - zero).astype(np.int64)
         return np.clip(codes, scaling.low, scaling.high)
 
-    found = _search(scaling, computed, (_factor(scaling),))
+    factor = np.maximum(exact_affine(scaling, 0)[0], TINY).astype(np.float32)
+    found = _search(scaling, computed, (factor,))
     return None if found is None else found[0]
 
 
@@ -128,7 +136,7 @@ def affine(scaling: Scaling, offset: int) -> tuple[Array, Array] | None:
     """
     low, high = scaling.low + offset, scaling.high + offset
 
-    def computed(x: Array, factor: Array, summand: Array) -> Array:
+    def computed(part: Scaling, x: Array, factor: Array, summand: Array) -> Array:
         real = np.clip(x.astype(np.float32) * factor + summand, np.float32(low), np.float32(high))
         return np.floor(real).astype(np.int64) - offset
 
@@ -145,39 +153,26 @@ def exact_affine(scaling: Scaling, offset: int) -> tuple[Array, Array]:
     return factor, factor * scaling.bias + (0.5 + offset)
 
 
-def _factor(scaling: Scaling) -> Array:
-    return np.maximum(exact_affine(scaling, 0)[0], 1e-30).astype(np.float32)
-
-
 def _search(scaling: Scaling, computed: Callable[..., Array], start: tuple[Array, ...]) -> tuple[Array, ...] | None:
     """The parameters near ``start``, arrays f32 (O), of which ``computed`` is right at all borders."""
     points = scaling.borders
     if points is None:
         return None
-    expected = scaling.exactly(points)
-    found, open_ = [one.copy() for one in start], np.ones(len(points), bool)
-    for tried in _near(start):
-        whole = computed(points, *(one[:, None] for one in tried)) == expected
-        good = open_ & whole.all(axis=1)
+    expected, found = scaling.exactly(points), [one.copy() for one in start]
+    open_ = np.arange(len(points))
+    for count, steps in enumerate(product(NEIGHBOURS, repeat=len(start)), start=1):
+        tried = [_stepped(one[open_], step) for one, step in zip(start, steps, strict=True)]
+        part = replace(scaling, bias=scaling.bias[open_])
+        whole = computed(part, points[open_], *(one[:, None] for one in tried))
+        good = (whole == expected[open_]).all(axis=1)
         for one, other in zip(found, tried, strict=True):
-            one[good] = other[good]
-        open_ &= ~good
-        if not open_.any():
+            one[open_[good]] = other[good]
+        open_ = open_[~good]
+        if not len(open_):
             return tuple(found)
-        if open_.mean() > 0.5 and tried is not start:
+        if count == ENOUGH and 2 * len(open_) > len(points):
             return None
     return None
-
-
-def _near(start: tuple[Array, ...]) -> Iterator[tuple[Array, ...]]:
-    yield start
-    for first in NEIGHBOURS:
-        beside = _stepped(start[0], first)
-        if len(start) == 1:
-            yield (beside,)
-            continue
-        for second in NEIGHBOURS:
-            yield beside, _stepped(start[1], second)
 
 
 def _stepped(values: Array, steps: int) -> Array:

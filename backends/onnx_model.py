@@ -19,7 +19,7 @@ import torch
 from intarsia.backends.onnx_fusion import fuse
 from intarsia.backends.onnx_lowering import decomposed, lower
 from intarsia.backends.onnx_operators import OPSET
-from intarsia.backends.onnx_repairs import widen_selections
+from intarsia.backends.onnx_repairs import widen_integers, widen_selections
 from intarsia.backends.onnx_sparse import RuntimeWeights, spellings
 from intarsia.backends.onnx_weights import Weights
 from intarsia.ir.errors import Unsupported
@@ -63,6 +63,7 @@ def onnx_model(program: Program, dialect: Dialect | None = None) -> onnx_ir.Mode
     model = _translate(decomposed(exported, dialect.translations()), fused.graph, dialect)
     dialect.weights(model.graph, fused.graph).store()
     widen_selections(model.graph)
+    widen_integers(model.graph)
     _name_values(model, fused.graph)
     _name_sizes(model, fused.graph, _symbols(exported, fused.graph))
     for tidy in (

@@ -12,7 +12,7 @@ Measured: docs/decisions/002-onnx-weights.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from intarsia.backends.onnx_operators import DOMAIN
@@ -116,6 +116,15 @@ class Tape:
         import onnx_ir as ir
 
         node = ir.node(op_type, inputs, attributes or None)
+        node.metadata_props.update(self.replaced.metadata_props)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def again(self, inputs: Sequence[onnx_ir.Value | None]) -> onnx_ir.Value:
+        """The output of the replaced node's operator on other inputs."""
+        import onnx_ir as ir
+
+        node = ir.node(self.replaced.op_type, inputs, attributes=self.replaced.attributes)
         node.metadata_props.update(self.replaced.metadata_props)
         self.nodes.append(node)
         return node.outputs[0]
