@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from intarsia.backends.onnx_exact import SINGLE
 from intarsia.backends.onnx_weights import Tape
 
 if TYPE_CHECKING:
@@ -112,7 +113,9 @@ class Products:
         dilation: Sequence[int],
         groups: int,
     ) -> onnx_ir.Value:
-        """Input (N, C, H, W) with weight (O, C/groups, kh, kw): i32 (N, O, H', W')."""
+        """Input (N, C, H, W) with weight (O, C/groups, kh, kw): i32, or exact f32 in groups, (N, O, H', W')."""
+        if groups > 1 and max(abs(one).max(initial=0) for one in weight.reach(input)) < SINGLE:
+            return self._in_floats(input, weight, tape, _window(stride, padding, dilation, groups))
         codes = self._unsigned(weight, weight.codes.shape, lambda codes: codes)
         zeros = self.constants.number("u8", input.zero), self.constants.number("u8", 128)
         window = _window(stride, padding, dilation, groups)
@@ -169,6 +172,16 @@ class Products:
             f"ones.{channels}x{kernel[0]}x{kernel[1]}", np.ones((channels, 1, *kernel), np.float32)
         )
         return tape.op("Conv", real, ones, **_window(stride, padding, (1, 1), channels))
+
+    def _in_floats(self, input: Input, weight: Weight, tape: Tape, window: dict[str, Any]) -> onnx_ir.Value:
+        """A convolution in f32, in which every sum on the way is a whole number that f32 holds."""
+        import onnx_ir as ir
+
+        real = tape.op("Cast", input.value, to=int(ir.DataType.FLOAT))
+        if input.zero:
+            real = tape.op("Sub", real, self.constants.number("f32", input.zero))
+        codes = self._signed(weight, weight.codes.shape, lambda codes: codes, tape)
+        return tape.op("Conv", real, tape.op("Cast", codes, to=int(ir.DataType.FLOAT)), **window)
 
     def _matrix(
         self,
