@@ -65,11 +65,11 @@ class RuntimeWeights(IntegerWeights):
         if found.order is not None:
             key, value = (tape.op("Gather", tensor, self._indices(found.order), axis=2) for tensor in (key, value))
         call = _Call(query, key, value, attended, node.attributes["scale"].as_float())
-        shape = self._number("i64", [0, 0, -1, _channels(query)])
+        shape = self.number("i64", [0, 0, -1, _channels(query)])
         parts = [tape.op("Reshape", self._scanned(piece, call, found, tape), shape) for piece in found.pieces]
         answers = tape.op("Concat", *parts, axis=2) if len(parts) > 1 else parts[0]
         if found.zeros:
-            answers = tape.op("Pad", answers, self._number("i64", [0, 0, 0, 0, 0, 0, 1, 0]))
+            answers = tape.op("Pad", answers, self.number("i64", [0, 0, 0, 0, 0, 0, 1, 0]))
         return answers if found.answers is None else tape.op("Gather", answers, self._indices(found.answers), axis=2)
 
     def _attended(self, node: onnx_ir.Node, found: Gathers, tape: Tape) -> onnx_ir.Value | None:
@@ -81,7 +81,7 @@ class RuntimeWeights(IntegerWeights):
             return None
         tokens = np.arange(_tokens(value_of(node, 1))) if found.order is None else found.order
         counts = tape.op("Cast", value_of(node, 3), to=int(ir.DataType.INT64))
-        counts = tape.op("Reshape", counts, self._number("i64", [-1, 1, 1, 1]))
+        counts = tape.op("Reshape", counts, self.number("i64", [-1, 1, 1, 1]))
         return tape.op("Less", self._indices(tokens), counts)
 
     def _scanned(self, piece: Piece, call: _Call, found: Gathers, tape: Tape) -> onnx_ir.Value:
@@ -114,9 +114,9 @@ class RuntimeWeights(IntegerWeights):
         import onnx_ir as ir
 
         wide = body.op("Add", first, self._indices(np.arange(piece.block)))
-        places = body.op("Reshape", wide, self._number("i64", [-1]))
+        places = body.op("Reshape", wide, self.number("i64", [-1]))
         if piece.cut:
-            places = body.op("Slice", places, self._number("i64", [0]), self._number("i64", [-piece.cut]))
+            places = body.op("Slice", places, self.number("i64", [0]), self.number("i64", [-piece.cut]))
         # Shape inference does not see in a step what a constant beside the Scan holds.
         places.dtype, places.shape = ir.DataType.INT64, ir.Shape([piece.keys_per_group])
         return places
@@ -148,23 +148,23 @@ class RuntimeWeights(IntegerWeights):
         if kept is None:
             return body.op("Attention", query, call.key, call.value, scale=call.scale)
         # ONNX Runtime 1.31 does not broadcast a mask of one row to all queries.
-        mask = body.op("Expand", kept, self._number("i64", [count, 1]))
+        mask = body.op("Expand", kept, self.number("i64", [count, 1]))
         answer = body.op("Attention", query, call.key, call.value, mask, scale=call.scale)
         if call.attended is None:
             return answer
-        some = body.op("ReduceMax", body.op("Cast", kept, to=int(ir.DataType.INT32)), self._number("i64", [3]))
+        some = body.op("ReduceMax", body.op("Cast", kept, to=int(ir.DataType.INT32)), self.number("i64", [3]))
         return body.op("Mul", answer, body.op("CastLike", some, query))
 
     def _indices(self, numbers: Any) -> onnx_ir.Value:
         """The array as an initializer, one for all that are equal."""
         extents = "x".join(map(str, numbers.shape))
-        return self._array(f"indices.{extents}.{sha256(numbers.tobytes()).hexdigest()[:16]}", numbers)
+        return self.array(f"indices.{extents}.{sha256(numbers.tobytes()).hexdigest()[:16]}", numbers)
 
     def _zero(self, like: onnx_ir.Value) -> onnx_ir.Value:
         import numpy as np
 
         assert like.dtype is not None
-        return self._array(f"zero.{like.dtype.name}", np.zeros((), like.dtype.numpy()))
+        return self.array(f"zero.{like.dtype.name}", np.zeros((), like.dtype.numpy()))
 
 
 @dataclass(frozen=True)
