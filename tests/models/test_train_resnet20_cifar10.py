@@ -15,6 +15,9 @@ from intarsia.models.train_resnet20_cifar10 import CHECKPOINT, WEIGHTS, Recipe, 
 
 RECIPE = Recipe(epochs=2, batch=8)
 
+EPOCHS = 6
+"""Enough to know 32 pictures by heart."""
+
 
 class Killed(Exception):
     pass
@@ -22,7 +25,7 @@ class Killed(Exception):
 
 @pytest.fixture(scope="module")
 def colours() -> Pictures:
-    """Pictures of one colour each, which two epochs are enough to tell apart by brightness."""
+    """Pictures of one colour each, which few epochs are enough to tell apart by brightness."""
     labels = torch.arange(32) % 2
     pixels = (labels * 200 + 20).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32).contiguous()
     return Pictures(pixels, labels)
@@ -31,13 +34,13 @@ def colours() -> Pictures:
 def test_training_writes_weights_that_load_and_know_the_training_pictures(
     colours: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = train(replace(RECIPE, epochs=4, average=0.5), colours, colours, tmp_path)
+    report = train(replace(RECIPE, epochs=EPOCHS, average=0.5, early=0.0, learning_rate=0.05), colours, colours, tmp_path)
     assert report["accuracy"] == 1
-    assert report["epochs"] == 4
+    assert report["epochs"] == EPOCHS
     module = load(find("resnet20-cifar10"), weights=tmp_path / WEIGHTS)
     assert classify(module, normalised(colours.pixels), colours.labels, batch=32).accuracy == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == [f"{epoch}/4" for epoch in range(1, 5)]
+    assert [line.split()[1] for line in lines] == [f"{epoch}/{EPOCHS}" for epoch in range(1, EPOCHS + 1)]
     assert not list(tmp_path.glob("*.unfinished"))
 
 
