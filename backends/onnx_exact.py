@@ -110,7 +110,8 @@ class Scaling:
         steps = np.arange(self.low + 1, self.high + 1)[None] << c
         above = -((-(steps - (np.int64(1) << (c - 1)))) // b) - bias
         ends = np.stack([self.lowest, self.highest], axis=1)
-        return np.clip(np.concatenate([above, above - 1, ends], axis=1), self.lowest[:, None], self.highest[:, None])
+        sides: Array = np.concatenate([above, above - 1, ends], axis=1)
+        return sides.clip(self.lowest[:, None], self.highest[:, None])
 
 
 def whole_scale(scaling: Scaling, zero: int) -> Array | None:
