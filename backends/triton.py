@@ -44,7 +44,12 @@ class TritonBackend(Backend):
     """
 
     name: ClassVar[str] = "triton"
-    passes: ClassVar[tuple[str, ...]] = ("fuse-kernels(everywhere=True)", "blend-means", "tables-of-blocks")
+    passes: ClassVar[tuple[str, ...]] = (
+        "drop-ranges",
+        "fuse-kernels(everywhere=True)",
+        "blend-means",
+        "tables-of-blocks",
+    )
     architectures: str = ""
     graphs: bool = True
 

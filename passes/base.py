@@ -20,6 +20,7 @@ PASSES: dict[str, str] = {
     "clean": "intarsia.passes.clean:Clean",
     "complex-to-real": "intarsia.passes.complex_to_real:ComplexToReal",
     "drop-noops": "intarsia.passes.drop_noops:DropNoops",
+    "drop-ranges": "intarsia.passes.drop_ranges:DropRanges",
     "drop-unused": "intarsia.passes.drop_unused:DropUnused",
     "fold-batch-norm": "intarsia.passes.fold_batch_norm:FoldBatchNorm",
     "fold-sizes": "intarsia.passes.fold_sizes:FoldSizes",

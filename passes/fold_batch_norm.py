@@ -61,6 +61,16 @@ def _why_not(norm: Node, graph: Graph) -> str | None:
         return f"what it normalizes, %{name}, is used elsewhere too"
     if any(value.name in graph.outputs or graph.users.get(value.name) for value in norm.outputs[1:]):
         return "its statistics are used"
+    return _why_no_product(norm, layer, graph)
+
+
+def _why_no_product(norm: Node, layer: Node, graph: Graph) -> str | None:
+    """Why the weight cannot be multiplied by what the norm multiplies with: element types that differ."""
+    own = [norm.args.get(key) for key in ("weight", "bias", "running_mean", "running_var")]
+    kinds = {graph.type(arg.name).dtype for arg in (*own, layer.args.get("bias")) if isinstance(arg, Ref)}
+    weight = graph.type(layer.ref("weight"))
+    if kinds != {weight.dtype}:
+        return f"its numbers are {', '.join(sorted(kinds))} and the layer's weight is {weight.dtype}; cast one of them"
     return None
 
 

@@ -74,7 +74,12 @@ def test_inspect_says_what_a_backend_would_make_of_a_graph(tiny: Path, intarsia:
         "name": "triton",
         "target_refused": None,
         "put_in": {},
-        "passed_over": {"fuse-kernels(everywhere=True)": {}, "blend-means": {}, "tables-of-blocks": {}},
+        "passed_over": {
+            "drop-ranges": {},
+            "fuse-kernels(everywhere=True)": {},
+            "blend-means": {},
+            "tables-of-blocks": {},
+        },
         "refused": [],
     }
     assert "triton takes every operator" in intarsia(*words).stdout

@@ -78,6 +78,7 @@ NORM = """graph g {
         ("training=False", "training=True", "it takes its statistics from the batch; trace the model in eval mode"),
         ("running_mean=%m", "running_mean=None", "it has no running statistics"),
         ("return %y", "return %y, %c", "what it normalizes, %c, is used elsewhere too"),
+        ("%w: f32", "%w: bf16", "its numbers are f32 and the layer's weight is bf16; cast one of them"),
         ("(input=%c", "(input=%x", "what it normalizes, %x, comes from outside, not from a layer"),
     ],
 )

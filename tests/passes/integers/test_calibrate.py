@@ -13,6 +13,7 @@ from intarsia.ir.target import Target
 from intarsia.passes.apply import apply
 from intarsia.passes.calibrate import Calibrate, places
 from intarsia.passes.conformance import check_pass
+from intarsia.passes.drop_ranges import DropRanges
 
 from .conftest import BRANCHES, RESIDUAL
 
@@ -62,6 +63,15 @@ def test_a_plan_with_a_range_that_is_none_is_refused_in_one_line(
     with pytest.raises(PlanError, match=said) as caught:
         apply(plan, graph, target)
     assert "\n" not in str(caught.value)
+
+
+def test_dropped_ranges_leave_the_graph_as_it_was(target: Target, with_weights: Callable[[Graph], Program]) -> None:
+    program = with_weights(Graph.parse(RESIDUAL))
+    marked = Calibrate().run(program.graph, target, dict.fromkeys(places(program.graph), "range(low=-1.0, high=1.0)"))
+    assert marked != program.graph
+    assert DropRanges().run(marked, target, {}) == program.graph
+    assert DropRanges().run(program.graph, target, {}) is program.graph
+    check_pass(DropRanges(), Program(marked, program.weights), target)
 
 
 def test_it_keeps_a_passs_promises(target: Target, with_weights: Callable[[Graph], Program]) -> None:
