@@ -57,8 +57,8 @@ class Codes:
         if value in self.forms:
             return self.forms[value].low, self.forms[value].high
         node = value.producer()
-        if node is not None and node.op_type in (*_ALIKE, "Relu", "Pad", "Concat"):
-            parts = [one for one in (node.inputs if node.op_type == "Concat" else node.inputs[:1]) if one is not None]
+        parts = [] if node is None else _parts(node)
+        if node is not None and parts:
             low, high = min(self.ends(one)[0] for one in parts), max(self.ends(one)[1] for one in parts)
             if node.op_type == "Relu":
                 return max(low, 0), max(high, 0)
@@ -117,3 +117,16 @@ class Codes:
         if last not in known:
             known[last] = tape.op("Transpose", known[not last], perm=LAST if last else FIRST)
         return known[last]
+
+
+def _parts(node: onnx_ir.Node) -> list[onnx_ir.Value]:
+    """The operands whose numbers, and zeros of a Pad and a Relu, the result is made of; none if of others too."""
+    if node.op_type == "Concat":
+        return [one for one in node.inputs if one is not None]
+    if node.op_type == "Pad":
+        filled = node.inputs[2] if len(node.inputs) > 2 else None
+        if filled is not None and (filled.const_value is None or filled.const_value.numpy().any()):
+            return []
+    elif node.op_type not in (*_ALIKE, "Relu"):
+        return []
+    return [one for one in node.inputs[:1] if one is not None]

@@ -252,6 +252,27 @@ def test_wide_integers_are_pooled_padded_clipped_and_joined(target: Target, tmp_
         assert torch.equal(one, two)
 
 
+def test_what_a_pad_fills_with_counts_among_an_activations_codes(target: Target, tmp_path: Path) -> None:
+    """A clamp at zero says nothing of what is put around it later."""
+    text = """graph g {
+      input %x: f32[2, 32, 4, 4]
+      param %w: i8[8, 32, 3, 3]
+      param %m: i32[8]
+      param %s: i32[8]
+      %q: i8[2, 32, 4, 4] = intarsia.quantize_static(input=%x, scale=0.02, low=0, high=127)
+      %pad: i8[2, 32, 6, 6] = aten.constant_pad_nd(self=%q, pad=[1, 1, 1, 1], value=-100)
+      %y: i8[2, 8, 4, 4] = intarsia.conv2d_i8i8(input=%pad, weight=%w, bias=None, multiplier=%m, shift=%s, \
+stride=[1, 1], padding=[0, 0], dilation=[1, 1], groups=1)
+      return %y
+    }"""
+    weights = {"w": codes(8, 32, 3, 3), **dyadic("", torch.linspace(0.0007, 0.001, 8))}
+    program = Program(Graph.parse(text), weights)
+    x = torch.randn(2, 32, 4, 4, generator=GENERATOR)
+    (found,), (expected,) = run(program, (x,), tmp_path, target), program.module()(x)
+    assert torch.equal(found, expected)
+    assert expected.unique().numel() > 60
+
+
 def test_a_window_whose_sums_f32_does_not_hold_is_refused(target: Target) -> None:
     graph = Graph.parse(
         POOLS.replace("[3, 2], stride=[2, 2], padding=[1, 0]", "[64, 8], stride=[1, 1], padding=[32, 0]")
