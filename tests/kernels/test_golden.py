@@ -177,7 +177,8 @@ def test_halves_go_up_and_their_neighbours_where_they_belong(shift: int, multipl
 @settings(max_examples=50)
 def test_each_operand_of_a_sum_is_rounded_on_its_own(pairs: tuple[int, ...]) -> None:
     one, other, m, n, c, d = pairs
-    found = golden.add_requantized(*(array(value) for value in (one, other, m, c, n, d)), low=-(2**31), high=2**31 - 1)
+    operands, numbers_ = (array(one), array(other)), (array(m), array(c), array(n), array(d))
+    found = golden.add_requantized(*operands, *numbers_, low=-(2**31), high=2**31 - 1)
     assert found.item() == max(-(2**31), min(2**31 - 1, exact(one, m, c) + exact(other, n, d)))
 
 
