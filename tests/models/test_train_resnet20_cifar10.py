@@ -34,7 +34,9 @@ def colours() -> Pictures:
 def test_training_writes_weights_that_load_and_know_the_training_pictures(
     colours: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = train(replace(RECIPE, epochs=EPOCHS, average=0.5, early=0.0, learning_rate=0.05), colours, colours, tmp_path)
+    report = train(
+        replace(RECIPE, epochs=EPOCHS, average=0.5, early=0.0, learning_rate=0.05), colours, colours, tmp_path
+    )
     assert report["accuracy"] == 1
     assert report["epochs"] == EPOCHS
     module = load(find("resnet20-cifar10"), weights=tmp_path / WEIGHTS)
