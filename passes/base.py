@@ -39,6 +39,9 @@ PASSES: dict[str, str] = {
 
 GROUP = "intarsia.passes"
 
+LISTED = 6
+"""Options of a place that a message lists."""
+
 
 @dataclass(frozen=True)
 class Pass(ABC):
@@ -94,5 +97,6 @@ def check_chosen(pass_: Pass, graph: Graph, target: Target, chosen: Chosen) -> N
             raise PlanError(f"{pass_.name}: nothing to choose at %{place}; inspect the plan's graph")
     others = {place: option for place, option in chosen.items() if option not in choices[place]}
     for place, reason in (pass_.unlisted(graph, target, others) if others else {}).items():
-        offered = ", ".join(choices[place])
+        offers = choices[place]
+        offered = ", ".join(offers[:LISTED]) + (f" and {len(offers) - LISTED} more" if len(offers) > LISTED else "")
         raise PlanError(f"{pass_.name}: %{place} offers {offered}; the plan asks for {others[place]}: {reason}")
