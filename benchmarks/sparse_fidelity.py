@@ -5,7 +5,8 @@
 Everything is compared at the same share of computed pairs, on the same held-out noise and prompts, which the search
 never sees; PSNR is against the dense model's videos, its floor between unrelated ones. The uniform patterns stay the
 same in all layers, heads and steps, the stripes with the columns that calibration gives each head; random masks differ
-from head to head. The searched plan has sixteen phases. ``--quick`` takes three videos and the density of 25 %.
+from head to head. The searched plan has sixteen phases and what the pass offers unless told otherwise: the paper's
+modes, tiles at distances, and shares of the mean. ``--quick`` takes three videos and the density of 25 %.
 """
 
 from __future__ import annotations

@@ -201,7 +201,8 @@ def _with_mean(option: str, share: float) -> str:
     """The pattern with this share of the mean."""
     if option == DENSE or share == 0:
         return option
-    return f"{option[:-1]}, mean={share:.2g})" if option.endswith(")") else f"{option}(mean={share:.2g})"
+    begun = option.removesuffix("()")
+    return f"{begun[:-1]}, mean={share:.2g})" if begun.endswith(")") else f"{begun}(mean={share:.2g})"
 
 
 def _rounded(part: Floats) -> list[list[float | None]]:

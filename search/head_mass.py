@@ -84,7 +84,8 @@ def _followed(option: str, columns: Floats, distances: Distances) -> str:
         chosen = columns_of(columns, layout, block, block, density=pattern.density, sink=pattern.sink)
         return str(replace(pattern, columns=chosen))
     if isinstance(pattern, TileOffsets) and pattern.offsets is None:
-        return str(distances.pattern(pattern.density))
+        found = distances.pattern(pattern.density)
+        return str(replace(pattern, tile=found.tile, offsets=found.offsets))
     return option
 
 

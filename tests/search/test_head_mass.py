@@ -70,6 +70,15 @@ def test_few_queries_stand_in_all_columns_of_frames_and_see_all_near_distances(
     assert some.offsets[:, 2:5, 2:5, 2:5].min() > 0
 
 
+def test_a_mean_that_a_pattern_names_stays_when_its_tiles_follow_the_head(denoiser: Program) -> None:
+    named = SparseAttention(block=16, patterns=("tile-offsets(density=0.25, mean=0.3)",))
+    heads = Heads.of(named, denoiser.graph, TARGET, {})
+    found = calibrated(heads, attention_mass(materialize(denoiser), calls(), heads))
+    for _, option in found.options:
+        assert "offsets=" in option
+        assert option.endswith("mean=0.3)")
+
+
 def test_patterns_follow_each_heads_attention_and_those_that_leave_nothing_open_stay(heads: Heads) -> None:
     flat = Mass(np.ones((2, 64)), np.full((2, 7, 7, 7), 0.01))
     mass = {site.name: Mass(flat.columns.copy(), flat.offsets.copy()) for site in heads.sites}
