@@ -29,6 +29,7 @@ from intarsia.models.sampler import FlowMatchEuler, noise
 from intarsia.passes.apply import apply
 from intarsia.passes.base import Pass, find_pass
 from intarsia.passes.fuse_heads import FuseHeads
+from intarsia.passes.patterns.base import find_pattern
 from intarsia.passes.quantize_linear import QuantizeLinear
 from intarsia.passes.sparse_attention import SparseAttention
 from intarsia.search.head_errors import Heads
@@ -233,6 +234,23 @@ def test_the_exact_choice_keeps_the_budget_and_beats_one_pattern_for_all(
     uniform = [mode for mode in MODES if SPARSE.mask(mode, layout).density <= density]
     assert uniform
     assert all(ours > psnr(denoiser, denoising(), [(mode,) * 4] * 5) for mode in uniform)
+
+
+def test_means_are_found_where_patterns_name_none_and_left_out_where_nobody_wants_them(run) -> None:
+    sparse = SparseAttention(block=16, patterns=("skip()", "diagonal(density=0.25, mean=0.3)", "diagonal(density=0.5)"))
+
+    def chosen(**how: object) -> list[str]:
+        found = run(density=0.3, passes=(sparse,), **how)
+        noted = [option["option"] for place in found.plan.notes["places"] for option in place["options"]]
+        return [option for option in noted if option != "dense"]
+
+    plain = chosen(means=False)
+    assert {text for text in plain if "mean=" in text} == {"diagonal(density=0.25, mean=0.3)"}
+    blended = chosen()
+    assert any(text.startswith("skip(mean=") for text in blended)
+    assert any(text.startswith("diagonal(density=0.5, mean=") for text in blended)
+    assert "diagonal(density=0.25, mean=0.3)" in blended
+    assert all(text.count("mean=") <= 1 and str(find_pattern(text)) for text in blended)
 
 
 def test_a_budget_of_everything_leaves_every_head_dense(run) -> None:
