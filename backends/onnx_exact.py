@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from intarsia.kernels.integer_weights.sums import NARROW, WIDEST, Array, borders, countable, exactly, in_floats
 
 DOUBLE = 53
 """Bits of a whole number that f64 holds."""
@@ -33,8 +32,6 @@ ENOUGH = len(NEIGHBOURS)
 
 TINY = 1e-30
 """In place of a factor of zero, which is no scale; times any int32 it is rounded to zero."""
-
-_WIDEST = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -78,9 +75,7 @@ class Scaling:
 
     def unclipped(self, x: Array) -> Array:
         """The same before it is clipped."""
-        b, c, bias = (one[:, None] for one in (self.multiplier, self.shift, self.bias))
-        found: Array = ((x + bias) * b + (np.int64(1) << (c - 1))) >> c
-        return found
+        return exactly(x + self.bias[:, None], self.multiplier, self.shift)
 
     @cached_property
     def bits(self) -> int:
@@ -101,17 +96,12 @@ class Scaling:
         span = int((self.highest - self.lowest).max(initial=0))
         if len(self.lowest) == 1 and span <= EVERY:
             return np.arange(self.lowest[0], self.highest[0] + 1)[None]
-        b, c, bias = (one[:, None] for one in (self.multiplier, self.shift, self.bias))
-        codes = max(abs(self.low), abs(self.high)) + 1
-        if self.multiplier.min(initial=1) < 1 or codes << int(self.shift.max(initial=1)) >= _WIDEST:
+        if self.multiplier.min(initial=1) < 1 or not countable(self.shift, self.low, self.high).all():
             return None
-        if self.high - self.low > 255 or abs(self.bias).max(initial=0) >= _WIDEST:
+        if self.high - self.low > NARROW or abs(self.bias).max(initial=0) >= WIDEST:
             return None
-        steps = np.arange(self.low + 1, self.high + 1)[None] << c
-        above = -((-(steps - (np.int64(1) << (c - 1)))) // b) - bias
-        ends = np.stack([self.lowest, self.highest], axis=1)
-        sides: Array = np.concatenate([above, above - 1, ends], axis=1)
-        return sides.clip(self.lowest[:, None], self.highest[:, None])
+        reached = self.lowest + self.bias, self.highest + self.bias
+        return borders(self.multiplier, self.shift, reached, self.low, self.high) - self.bias[:, None]
 
 
 def whole_scale(scaling: Scaling, zero: int) -> Array | None:
@@ -121,8 +111,7 @@ def whole_scale(scaling: Scaling, zero: int) -> Array | None:
     """
 
     def computed(part: Scaling, x: Array, factor: Array) -> Array:
-        total = (x + part.bias[:, None]).astype(np.float32)
-        codes = np.clip(np.rint(total * factor), -zero, 255 - zero).astype(np.int64)
+        codes = np.clip(in_floats(x + part.bias[:, None], factor[:, 0]), -zero, 255 - zero).astype(np.int64)
         return np.clip(codes, scaling.low, scaling.high)
 
     factor = np.maximum(exact_affine(scaling, 0)[0], TINY).astype(np.float32)

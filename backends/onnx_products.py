@@ -12,6 +12,7 @@ import numpy as np
 
 from intarsia.backends.onnx_exact import SINGLE
 from intarsia.backends.onnx_weights import Tape
+from intarsia.kernels.integer_weights.sums import reach
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -54,11 +55,7 @@ class Weight:
 
     def reach(self, input: Input) -> tuple[Array, Array]:
         """The lowest and the highest sum of each row: i64 (O)."""
-        flat = self.codes.reshape(len(self.codes), -1).astype(np.int64)
-        above, below = np.maximum(flat, 0).sum(axis=1), np.minimum(flat, 0).sum(axis=1)
-        # Padding is zero, so no product is certain to be there.
-        low, high = min(input.low, 0), max(input.high, 0)
-        return above * low + below * high, above * high + below * low
+        return reach(self.codes, input.low, input.high)
 
     @cached_property
     def is_narrow(self) -> bool:

@@ -30,6 +30,7 @@ OPERATORS: dict[str, str] = {
     "intarsia.avg_pool2d_i8": "intarsia.kernels.avg_pool2d_i8.op",
     "intarsia.quantize_channels": "intarsia.kernels.integer_weights.op",
     "intarsia.dyadic": "intarsia.kernels.integer_weights.op",
+    "intarsia.exact_dyadic": "intarsia.kernels.integer_weights.op",
     "intarsia.quantize_bias": "intarsia.kernels.integer_weights.op",
     "intarsia.calibrated": "intarsia.kernels.calibrated.op",
     "intarsia.fake_quantize": "intarsia.kernels.fake_quantize.op",

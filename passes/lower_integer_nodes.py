@@ -58,8 +58,8 @@ class Emitter:
         if made is None:
             given = {"input": rounding.args["input"], "scale": onto.scale, "low": onto.low, "high": onto.high}
             made = (self._call("intarsia.quantize_static", rounding, given),)
-        result = made[-1]
-        self.codes.add(rounding.name, result.name, onto, result.type.dtype)
+        result, ends = made[-1], _ends(made)
+        self.codes.add(rounding.name, result.name, replace(onto, low=ends[0], high=ends[1]), result.type.dtype)
         return made
 
     def kept(self, node: Node, names: tuple[str, ...]) -> Sequence[Node]:
@@ -89,8 +89,12 @@ class Emitter:
             return None
         ratio = self.codes.grids[below].scale / onto.scale
         numbers, dyadic = self._numbers(rounding, {"": ratio})
-        args = {"input": Ref(self.codes.names[below]), **dyadic, "axis": 0, "low": low, "high": high}
-        return *numbers, self._call("intarsia.requantize", rounding, args)
+        if self.codes.grids[below].low >= 0 < high:
+            low = max(low, 0)
+        clip: dict[str, Arg] = {"low": low, "high": high}
+        exact, dyadic = self._exact(rounding.name, dyadic, None, None, self.codes.grids[below], clip)
+        args = {"input": Ref(self.codes.names[below]), **dyadic, "axis": 0, **clip}
+        return *numbers, *exact, self._call("intarsia.requantize", rounding, args)
 
     def _made(self, rounding: Node, below: str, onto: Grid, low: int, high: int) -> Sequence[Node] | None:
         """Straight from the product, the sum or the average that the value is."""
@@ -129,6 +133,8 @@ class Emitter:
         if isinstance(bias, Ref):
             made.append(self._bias(layer, bias, scale, onto_input.scale))
             args["bias"] = Ref(made[-1].name)
+        exact, numbers = self._exact(layer.name, numbers, weight, args["bias"], onto_input, clip)
+        made += exact
         op = "intarsia.linear_i8i8"
         if layer.op == "aten.conv2d":
             op, numbers = "intarsia.conv2d_i8i8", {**numbers, **_geometry(layer)}
@@ -194,6 +200,27 @@ class Emitter:
         node = Node("intarsia.dyadic", {"scale": scale, "factor": factor}, (multiplier, shift))
         return node, {"multiplier": Ref(multiplier.name), "shift": Ref(shift.name)}
 
+    def _exact(
+        self, name: str, numbers: dict[str, Arg], weight: Value | None, bias: Arg, grid: Grid, clip: dict[str, Arg]
+    ) -> tuple[list[Node], dict[str, Arg]]:
+        """Numbers near those given that f32 multiplies by exactly, where results have eight bits, and the call for it.
+
+        ``grid`` is that of the integers that are multiplied, by the ``weight`` or by nothing.
+        """
+        low, high = clip["low"], clip["high"]
+        assert isinstance(low, int)
+        assert isinstance(high, int)
+        if integer_dtype(low, high) != "i8":
+            return [], numbers
+        channels = weight.type.shape[0] if weight and isinstance(weight.type, TensorType) else 1
+        made = tuple(
+            Value(self._fresh(f"{name}.exact.{key}"), TensorType("i32", (channels,))) for key in ("multiplier", "shift")
+        )
+        args: dict[str, Arg] = {"weight": Ref(weight.name) if weight else None, "bias": bias}
+        args = {**numbers, **args, "input_low": grid.low, "input_high": grid.high, **clip}
+        exact = {"multiplier": Ref(made[0].name), "shift": Ref(made[1].name)}
+        return [Node("intarsia.exact_dyadic", args, made)], exact
+
     def _call(self, op: str, rounding: Node, args: Mapping[str, Arg]) -> Node:
         """The call that gives the codes of what ``rounding`` rounds."""
         low, high = args["low"], args["high"]
@@ -217,6 +244,15 @@ class Emitter:
         free = fresh(name, self.taken)
         self.taken.add(free)
         return free
+
+
+def _ends(made: Sequence[Node]) -> tuple[int, int]:
+    """Between which the codes lie that the calls make."""
+    call = next(node for node in reversed(made) if "low" in node.args)
+    low, high = call.args["low"], call.args["high"]
+    assert isinstance(low, int)
+    assert isinstance(high, int)
+    return low, high
 
 
 def _geometry(layer: Node) -> dict[str, Arg]:

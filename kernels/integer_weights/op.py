@@ -1,4 +1,4 @@
-"""Contracts of ``intarsia.quantize_channels``, ``dyadic`` and ``quantize_bias``; all that they take are parameters."""
+"""Contracts of what makes codes, dyadic numbers and biases of parameters: ``intarsia.quantize_channels`` and others."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from intarsia.ir.target import Target
 from intarsia.kernels import limits
 from intarsia.kernels.base import Work, moved_bytes
 from intarsia.kernels.integer_weights import reference
+from intarsia.kernels.integer_weights.sums import NARROW
 
-OPS = ("intarsia.quantize_channels", "intarsia.dyadic", "intarsia.quantize_bias")
+OPS = ("intarsia.quantize_channels", "intarsia.dyadic", "intarsia.exact_dyadic", "intarsia.quantize_bias")
 
 REFERENCES = {
     "intarsia.quantize_channels": reference.quantize_channels,
     "intarsia.dyadic": reference.dyadic,
+    "intarsia.exact_dyadic": reference.exact_dyadic,
     "intarsia.quantize_bias": reference.quantize_bias,
 }
 
@@ -65,6 +67,43 @@ def _(scale: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     return scale.new_empty(scale.shape, dtype=torch.int32), scale.new_empty(scale.shape, dtype=torch.int32)
 
 
+@torch.library.custom_op("intarsia::exact_dyadic", mutates_args=())
+def exact_dyadic(
+    multiplier: Tensor,
+    shift: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    input_low: int,
+    input_high: int,
+    low: int = -128,
+    high: int = 127,
+) -> tuple[Tensor, Tensor]:
+    """Multiplier i32 (O) and shift i32 (O) for weight i8 (O, ...) and bias i32 (O): the same, moved by 1.2e-4 at most.
+
+    So that f32 and halves to even give results low..high, of eight bits at most, of all sums that the weight makes of
+    integers input_low..input_high; of these integers themselves where there is no weight.
+    """
+    return reference.exact_dyadic(multiplier, shift, weight, bias, input_low, input_high, low, high)
+
+
+@exact_dyadic.register_fake
+def _(
+    multiplier: Tensor,
+    shift: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    input_low: int,
+    input_high: int,
+    low: int = -128,
+    high: int = 127,
+) -> tuple[Tensor, Tensor]:
+    channels = multiplier.shape[0] if weight is None else weight.shape[0]
+    limits.check_dyadic("exact_dyadic", multiplier, shift, channels)
+    torch._check(input_low <= input_high, lambda: f"exact_dyadic: inputs rise, found {input_low} to {input_high}")
+    torch._check(low < high <= low + NARROW, lambda: f"exact_dyadic: results have 8 bits, found {low} to {high}")
+    return torch.empty_like(multiplier), torch.empty_like(shift)
+
+
 @torch.library.custom_op("intarsia::quantize_bias", mutates_args=())
 def quantize_bias(bias: Tensor, scale: Tensor, input_scale: float) -> Tensor:
     """Bias (O) in steps of scale f32 (O) times input_scale: i32 (O), saturating."""
@@ -85,6 +124,8 @@ def why_not(node: Node, graph: Graph, target: Target) -> str | None:
             return limits.floating(node, "weight", graph)
         case "intarsia.dyadic":
             return limits.dtype(node, "scale", "f32", graph) or limits.positive(node, "factor")
+        case "intarsia.exact_dyadic":
+            return limits.dyadic(node, graph) or limits.ends(node, widest=8)
         case _:
             reason = limits.floating(node, "bias", graph) or limits.dtype(node, "scale", "f32", graph)
             return reason or limits.positive(node, "input_scale")

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from intarsia.kernels.fake_quantize.reference import channel_scale
+from intarsia.kernels.integer_weights.sums import Array, borders, countable, exactly, in_floats, reach
 
 LARGEST = 2**31 - 1
 """Of int32."""
 
 LARGEST_SHIFT = 62
 """Up to this one, half a unit and the product of two int32 fit into int64."""
+
+GRAIN = 1 << 7
+"""A multiplier of 31 bits that is a multiple of it has 24 bits: what f32 holds."""
+
+STRIDE = 1 << 12
+"""Between two multipliers that are tried; 31 of them are 1.2e-4 of the smallest."""
+
+TRIES = 63
+"""Multipliers that are tried; 29 were enough of 240 whose results saturate at sums of 2**19 (docs/decisions/012)."""
 
 
 def quantize_channels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -45,3 +56,45 @@ def quantize_bias(bias: Tensor, scale: Tensor, input_scale: float) -> Tensor:
     """
     steps = scale.double() * input_scale
     return (bias.double() / steps).round().clamp(-LARGEST - 1, LARGEST).to(torch.int32)
+
+
+def exact_dyadic(
+    multiplier: Tensor,
+    shift: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    input_low: int,
+    input_high: int,
+    low: int = -128,
+    high: int = 127,
+) -> tuple[Tensor, Tensor]:
+    """Dyadic numbers beside those given, i32 (O), that f32 multiplies by exactly: of 24 bits, and the first of each
+
+    channel with which rounding (sum + bias) * multiplier / 2**shift in f32, halves to even, is what is defined for
+    every sum that ``weight`` i8 (O, ...) makes of integers input_low..input_high, or for these integers themselves.
+    The given number where none of those tried is one. Why: docs/decisions/012-integer-forms.md.
+    """
+    b, c = (one.cpu().numpy().astype(np.int64) for one in (multiplier, shift))
+    added = np.int64(0) if bias is None else bias.cpu().numpy().astype(np.int64)
+    alone = np.full_like(b, input_low), np.full_like(b, input_high)
+    sums = alone if weight is None else reach(weight.cpu().numpy(), input_low, input_high)
+    lowest, highest = (np.clip(one + added, -LARGEST - 1, LARGEST) for one in sums)
+    found = b.copy()
+    open_ = np.flatnonzero((b >= 1 << 30) & countable(c, low, high))
+    for tried in range(TRIES):
+        away = (tried + 1) // 2 * (STRIDE if tried % 2 else -STRIDE)
+        near = (b[open_] + GRAIN // 2) // GRAIN * GRAIN + away
+        good = (near >= 1 << 30) & (near < 1 << 31)
+        good[good] = _is_exact(near[good], c[open_][good], (lowest[open_][good], highest[open_][good]), low, high)
+        found[open_[good]] = near[good]
+        open_ = open_[~good]
+    return torch.from_numpy(found).to(multiplier), shift.clone()
+
+
+def _is_exact(multiplier: Array, shift: Array, reached: tuple[Array, Array], low: int, high: int) -> Array:
+    """Of which channels f32 gives what is defined for all sums that are reached."""
+    sums = borders(multiplier, shift, reached, low, high)
+    factor = np.ldexp(multiplier.astype(np.float32), -shift.astype(np.int32))
+    wanted = exactly(sums, multiplier, shift).clip(low, high)
+    same: Array = (in_floats(sums, factor).clip(low, high) == wanted).all(axis=1)
+    return same

@@ -139,6 +139,38 @@ def dyadic(scale: Array, factor: float) -> tuple[Array, Array]:
     return pairs[:, 0], pairs[:, 1]
 
 
+def exact_dyadic(
+    multiplier: Array,
+    shift: Array,
+    weight: Array | None,
+    bias: Array | None,
+    input_low: int,
+    input_high: int,
+    low: int = -128,
+    high: int = 127,
+) -> tuple[Array, Array]:
+    """The first of 63 multipliers of 24 bits, from ``multiplier`` outwards by 2**12, with which f32 gives what is
+
+    defined of every sum that ``weight`` (O, ...) makes of integers input_low..input_high, plus ``bias``; or of these
+    integers themselves. Where none does, ``multiplier``.
+    """
+    found = multiplier.copy()
+    ends = min(input_low, 0), max(input_high, 0)
+    for row, (b, c) in enumerate(zip(multiplier.tolist(), shift.tolist(), strict=True)):
+        lowest, highest = input_low, input_high
+        if weight is not None:
+            corners = [(code * ends[0], code * ends[1]) for code in weight[row].reshape(-1).tolist()]
+            lowest, highest = sum(map(min, corners)), sum(map(max, corners))
+        added = 0 if bias is None else int(bias[row])
+        reached = max(lowest + added, -(2**31)), min(highest + added, 2**31 - 1)
+        nearest = (b + 2**6) // 2**7 * 2**7
+        tried = (nearest + sign * away * 2**12 for away in range(32) for sign in (1, -1)[: away + 1])
+        good = (one for one in tried if 2**30 <= one < 2**31 and _f32_is_exact(one, c, reached, low, high))
+        if b >= 2**30 and c < 54:
+            found[row] = next(good, b)
+    return found, shift.copy()
+
+
 def quantize_bias(bias: Array, scale: Array, input_scale: float) -> Array:
     """``bias`` (O) in steps of ``scale`` (O) * ``input_scale``, in f64, rounded half to even, saturating: i32 (O)."""
     steps = scale.astype(np.float64) * input_scale
@@ -155,6 +187,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "intarsia.dequantize_static": dequantize_static,
     "intarsia.quantize_channels": quantize_channels,
     "intarsia.dyadic": dyadic,
+    "intarsia.exact_dyadic": exact_dyadic,
     "intarsia.quantize_bias": quantize_bias,
 }
 """The definition of each operator, by its name."""
@@ -169,6 +202,16 @@ def _dyadic(real: float) -> tuple[int, int]:
     if multiplier < 0 or shift < 1:
         raise OverflowError(f"{real} is no dyadic number of 31 bits with a shift of 1 to 62")
     return multiplier, shift
+
+
+def _f32_is_exact(multiplier: int, shift: int, reached: tuple[int, int], low: int, high: int) -> bool:
+    """Whether f32, halves to even, is right on both sides of every sum at which the result steps, and at both ends."""
+    steps = (-((2 ** (shift - 1) - (one << shift)) // multiplier) for one in range(low + 1, high + 1))
+    sums = np.array([side for one in steps for side in (one, one - 1)] + list(reached), np.int64).clip(*reached)
+    factor = np.float32(math.ldexp(multiplier, -shift))
+    rounded = np.rint(sums.astype(np.float32) * factor).clip(low, high)
+    wanted = [(one * multiplier + 2 ** (shift - 1)) >> shift for one in sums.tolist()]
+    return bool((rounded == np.array(wanted).clip(low, high)).all())
 
 
 def _windows(input: Array, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Array:

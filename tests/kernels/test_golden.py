@@ -115,6 +115,21 @@ def scales() -> Iterator[dict[str, Any]]:
         yield {"scale": torch.cat([whole, below, above, torch.rand(20, generator=GENERATOR)]), "factor": factor}
 
 
+def chosen() -> Iterator[dict[str, Any]]:
+    """Sums that saturate at 2**10 to 2**20 with and without a bias, numbers without one near them, and tiny ones."""
+    for low, high in ((0, 127), (-128, 127), (0, 15)):
+        multiplier = torch.randint(2**30, 2**31 - 1, (12,), generator=GENERATOR).int()
+        multiplier[3:6] = torch.tensor([2**30, 2**31 - 1, 2**29])
+        shift = torch.arange(12, dtype=torch.int32) + 34 - (high < 100) * 3
+        shift[-1] = 58
+        given_ = {"multiplier": multiplier, "shift": shift, "low": low, "high": high}
+        weight = torch.randint(-128, 128, (12, 9, 3, 3), generator=GENERATOR).to(torch.int8)
+        bias = torch.randint(-(2**14), 2**14, (12,), generator=GENERATOR).int()
+        yield {**given_, "weight": weight, "bias": bias, "input_low": 0, "input_high": 127}
+        yield {**given_, "weight": weight, "bias": None, "input_low": -128, "input_high": 127}
+        yield {**given_, "weight": None, "bias": None, "input_low": 0, "input_high": 32767}
+
+
 CASES: Mapping[str, Any] = {
     "intarsia.linear_i8i8": linears,
     "intarsia.conv2d_i8i8": convolutions,
@@ -127,6 +142,7 @@ CASES: Mapping[str, Any] = {
     ),
     "intarsia.quantize_channels": lambda: ({"weight": weight, "bits": bits} for weight in weights() for bits in (4, 8)),
     "intarsia.dyadic": scales,
+    "intarsia.exact_dyadic": chosen,
     "intarsia.quantize_bias": lambda: (
         {"bias": torch.randn(50, generator=GENERATOR), "scale": torch.rand(50, generator=GENERATOR) * step}
         | {"input_scale": 0.02}
@@ -209,6 +225,25 @@ def test_sums_beyond_int32_have_no_meaning() -> None:
     bias = array(2**31 - 1)
     with pytest.raises(OverflowError, match="a sum of 2147532034 to 2147532034 leaves int32"):
         golden.linear_i8i8(input, input, bias, array(1), array(1))
+
+
+@pytest.mark.parametrize("ends", [(0, 127), (-128, 127), (0, 15)])
+def test_f32_and_halves_to_even_are_right_for_every_sum_of_a_chosen_number(ends: tuple[int, int]) -> None:
+    """Looked at one by one, not on both sides of the steps alone."""
+    given_ = np.random.default_rng(2).integers(2**30, 2**31, 10).astype(np.int32)
+    shift = np.full(10, 31 + 18 - ends[1].bit_length(), np.int32)
+    weight = np.full((10, 16), 127, np.int8)
+    found, _ = golden.exact_dyadic(given_, shift, weight, np.full(10, 55, np.int32), -128, 127, *ends)
+    sums = np.arange(-16 * 127 * 128, 16 * 127 * 127 + 1)[None] + 55
+
+    def wrong(multiplier: Any) -> int:
+        exact_ = golden.scaled(sums, multiplier[:, None], shift[:, None]).clip(*ends)
+        factor = np.ldexp(multiplier.astype(np.float32), -shift)[:, None]
+        return int((np.rint(sums.astype(np.float32) * factor).clip(*ends) != exact_).sum())
+
+    assert wrong(given_) > 0 or ends == (0, 15)
+    assert wrong(found) == 0
+    assert (abs(found.astype(np.int64) - given_) <= 31 * 2**12 + 2**6).all()
 
 
 @pytest.mark.parametrize(("scale", "factor"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, 2.0**31), (-1.0, 1.0)])
