@@ -111,6 +111,20 @@ def codes(node: Node, arg: str, graph: Graph) -> str | None:
     return None if found in CODES else f"{arg} is {found}; {node.op} takes {', '.join(CODES)}"
 
 
+def narrow_codes(node: Node, arg: str, graph: Graph) -> str | None:
+    """Why the tensor passed as ``arg`` holds no codes of 8 or 16 bits."""
+    found = graph.type(node.ref(arg)).dtype
+    return None if found in CODES[:2] else f"{arg} is {found}; {node.op} takes {', '.join(CODES[:2])}"
+
+
+def number(node: Node) -> str | None:
+    """Why the integers ``multiplier`` and ``shift`` are no dyadic number."""
+    multiplier, shift = node.args["multiplier"], node.args["shift"]
+    if isinstance(multiplier, int) and isinstance(shift, int) and 0 <= multiplier < 2**31 and 1 <= shift <= 62:
+        return None
+    return f"multiplier and shift are {multiplier} and {shift}; {node.op} takes 31 bits and a shift of 1 to 62"
+
+
 def dyadic(node: Node, graph: Graph, *, prefix: str = "") -> str | None:
     """Why multiplier and shift, their names after ``prefix``, are no dyadic numbers."""
     return dtype(node, f"{prefix}multiplier", "i32", graph) or dtype(node, f"{prefix}shift", "i32", graph)
@@ -136,6 +150,12 @@ def check_codes(op: str, name: str, tensor: Tensor) -> None:
     """Raise unless the tensor holds codes: int8, int16 or int32."""
     good = tensor.dtype in (torch.int8, torch.int16, torch.int32)
     torch._check(good, lambda: f"{op}: {name} is int8, int16 or int32, found {tensor.dtype}")
+
+
+def check_number(op: str, multiplier: int, shift: int) -> None:
+    """Raise unless multiplier / 2**shift is a dyadic number."""
+    good = 0 <= multiplier < 2**31 and 1 <= shift <= 62
+    torch._check(good, lambda: f"{op}: multiplier has 31 bits and shift is 1 to 62, found {multiplier} and {shift}")
 
 
 def check_broadcast(op: str, name: str, tensor: Tensor, like: Tensor) -> None:

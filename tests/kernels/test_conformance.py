@@ -84,6 +84,35 @@ def average_pools() -> Iterator[Case]:
             yield {"input": x, **window, **dyadic(channels), "low": -high - 1, "high": high}
 
 
+def tables() -> Iterator[Case]:
+    for bits, dtype in ((8, torch.int8), (16, torch.int16)):
+        table = torch.ops.intarsia.function_table("gelu", 0.05, 0.02, bits)
+        for ends in ({}, {"low": 0, "high": 15}, {"low": -(2**15), "high": 2**15 - 1}):
+            yield {"input": 100 * random(3, 4, 5, dtype=dtype), "table": table, **ends}
+
+
+def softmaxes() -> Iterator[Case]:
+    for bits, dtype in ((8, torch.int8), (16, torch.int16)):
+        table = torch.ops.intarsia.exponentials(0.1, bits)
+        for shape in ((7,), (3, 1), (2, 0, 5), (2, 3, 40)):
+            given = {"input": random(*shape, dtype=dtype), "table": table, "multiplier": 2**30, "shift": 23}
+            yield {**given, "low": 0, "high": 200}
+
+
+def integer_norms() -> Iterator[Case]:
+    for dtype, centered in ((torch.int8, True), (torch.int16, False)):
+        for weight, shape in ((None, (2, 3, 40)), (random(40), (0, 40)), (random(1), (4, 1))):
+            numbers = torch.ops.intarsia.norm_numbers(weight, weight, 0.02, shape[-1])
+            given = dict(zip(("weight", "bias", "shift"), numbers, strict=True))
+            yield {"input": random(*shape, dtype=dtype), **given, "epsilon": 7, "centered": centered}
+
+
+def integer_matmuls() -> Iterator[Case]:
+    for leading in ((), (3,), (2, 3)):
+        input, other = (random(*leading, *shape, dtype=torch.int8, seed=sum(shape)) for shape in ((5, 9), (9, 4)))
+        yield {"input": input, "other": other, "multiplier": 2**30 + 1, "shift": 38, "low": -300, "high": 300}
+
+
 def attentions() -> Iterator[Case]:
     for dtype in DTYPES:
         query = random(2, 5, 3, 16, dtype=dtype).transpose(1, 2)
@@ -166,7 +195,9 @@ CASES: Mapping[str, Callable[[], Iterable[Case]]] = {
         for ends in ({}, {"low": -(2**15), "high": 2**15 - 1}, {"low": 0, "high": 15})
     ),
     "intarsia.avg_pool2d_i8": average_pools,
-    "intarsia.quantize_channels": lambda: ({"weight": w, "bits": bits} for w in weights() for bits in (4, 8)),
+    "intarsia.quantize_channels": lambda: (
+        {"weight": w, "bits": bits, "grain": grain} for w in weights() for bits, grain in ((4, 0.0), (8, 0.01))
+    ),
     "intarsia.dyadic": lambda: ({"scale": random(9, seed=seed).abs(), "factor": 0.1**seed} for seed in range(12)),
     "intarsia.exact_dyadic": lambda: (
         {**dyadic(9), "weight": weight, "bias": bias, "input_low": 0, "input_high": 15, "low": -128, "high": 127}
@@ -177,6 +208,21 @@ CASES: Mapping[str, Callable[[], Iterable[Case]]] = {
         {"bias": random(9, dtype=dtype), "scale": random(9, seed=1).abs() + 0.1, "input_scale": 0.02}
         for dtype in DTYPES
     ),
+    "intarsia.function_table": lambda: (
+        {"function": function, "input_scale": 0.1, "scale": 0.05, "bits": bits}
+        for function in ("gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
+        for bits in (8, 16)
+    ),
+    "intarsia.apply_table": tables,
+    "intarsia.exponentials": lambda: ({"scale": 0.1, "bits": bits} for bits in (8, 16)),
+    "intarsia.integer_softmax": softmaxes,
+    "intarsia.norm_numbers": lambda: (
+        {"weight": one, "bias": other, "scale": 0.1, "channels": 9}
+        for one in (None, random(9))
+        for other in (None, one)
+    ),
+    "intarsia.integer_norm": integer_norms,
+    "intarsia.matmul_i8i8": integer_matmuls,
     "intarsia.calibrated": lambda: ({"input": weight, "low": -1.0, "high": 2.5} for weight in weights()),
     "intarsia.fake_quantize": lambda: ({**case, "low": 0, "high": 15} for case in roundings()),
     "intarsia.fake_quantize_channels": lambda: ({"weight": w, "bits": bits} for w in weights() for bits in (4, 8)),
@@ -232,7 +278,7 @@ def test_every_operator_decomposes_to_pytorchs_own_with_sizes_left_open(op: str)
     module = Call(op, {key: value for key, value in case.items() if key not in tensors})
     activations = {"input", "query", "key", "value", "residual"} & tensors.keys()
     axes = {key: [Dim.AUTO if key in activations else None] * value.ndim for key, value in tensors.items()}
-    exported = torch.export.export(module, (tensors,), dynamic_shapes=(axes,), strict=False)
+    exported = torch.export.export(module, (tensors,), dynamic_shapes=(axes,) if axes else None, strict=False)
     lowered = exported.run_decompositions(kernels.decompositions())
     assert "intarsia" in str(exported.graph)
     assert "intarsia" not in str(lowered.graph)

@@ -1,0 +1,1 @@
+"""Functions of one integer, by a table."""

@@ -1,0 +1,1 @@
+"""Softmax and norms of integers: multiplications, additions and shifts."""
