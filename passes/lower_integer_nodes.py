@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
 from intarsia.ir.errors import PlanError
 from intarsia.ir.graph import Arg, Graph, Node, Ref, Symbol, Value
@@ -131,7 +132,8 @@ class Emitter:
         made = [quantize, dyadic]
         args: dict[str, Arg] = {"input": Ref(self.codes.names[below]), "weight": Ref(weight.name), "bias": None}
         if isinstance(bias, Ref):
-            made.append(self._bias(layer, bias, scale, onto_input.scale))
+            room = LARGEST_SUM - prod(map(int, type_.shape[1:])) * 2 ** (bits - 1) * largest
+            made.append(self._bias(layer, bias, scale, onto_input.scale, room))
             args["bias"] = Ref(made[-1].name)
         exact, numbers = self._exact(layer.name, numbers, weight, args["bias"], onto_input, clip)
         made += exact
@@ -140,11 +142,11 @@ class Emitter:
             op, numbers = "intarsia.conv2d_i8i8", {**numbers, **_geometry(layer)}
         return *made, self._call(op, rounding, {**args, **numbers, **clip})
 
-    def _bias(self, layer: Node, bias: Ref, scale: Value, input_scale: float) -> Node:
-        """The bias in steps of the sum, from what it was before it was rounded in float."""
+    def _bias(self, layer: Node, bias: Ref, scale: Value, input_scale: float, largest: int) -> Node:
+        """The bias in steps of the sum, from what it was before it was rounded in float; up to ``largest``."""
         rounder = self.graph.producers.get(bias.name)
         given = rounder.args["bias"] if rounder and rounder.op == ROUNDED_BIAS else bias
-        args = {"bias": given, "scale": Ref(scale.name), "input_scale": input_scale}
+        args = {"bias": given, "scale": Ref(scale.name), "input_scale": input_scale, "largest": largest}
         assert isinstance(scale.type, TensorType)
         made = Value(self._fresh(f"{layer.name}.bias.codes"), replace(scale.type, dtype="i32"))
         return Node("intarsia.quantize_bias", args, (made,), layer.source)

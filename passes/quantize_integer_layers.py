@@ -19,6 +19,9 @@ BITS = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4)}
 
 LARGEST_SUM = 2**31 - 1
 
+LARGEST_PRODUCTS = 2**30
+"""What the products of a layer may sum up to, so that the same again is left of int32 for its bias."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -82,13 +85,13 @@ def largest_code(bits: int) -> int:
 
 
 def why_sum_overflows(node: Node, graph: Graph, *, weight_bits: int, largest: int) -> str | None:
-    """Why int32 may not hold the layer's sum of products with codes up to ``largest``; None if it certainly does."""
+    """Why int32 may not hold the layer's sum of products with codes up to ``largest``, and a bias; None if it does."""
     terms = prod(int(extent) for extent in graph.type(node.ref("weight")).shape[1:])
-    if terms * 2 ** (weight_bits - 1) * largest <= LARGEST_SUM:
+    if terms * 2 ** (weight_bits - 1) * largest <= LARGEST_PRODUCTS:
         return None
     return (
-        f"a sum of {terms:,} products of {weight_bits}-bit weights and codes up to {largest} may overflow int32; "
-        f"{LARGEST_SUM // (2 ** (weight_bits - 1) * largest):,} fit, split the layer or use fewer bits"
+        f"a sum of {terms:,} products of {weight_bits}-bit weights and codes up to {largest} leaves no room for a bias in "
+        f"int32; {LARGEST_PRODUCTS // (2 ** (weight_bits - 1) * largest):,} fit, split the layer or use fewer bits"
     )
 
 

@@ -56,41 +56,41 @@ fake_quantize.register_autograd(_pass_inside, setup_context=_keep_inside)
 
 
 @torch.library.custom_op("intarsia::fake_quantize_channels", mutates_args=())
-def fake_quantize_channels(weight: Tensor, bits: int) -> Tensor:
+def fake_quantize_channels(weight: Tensor, bits: int, grain: float = 0.0) -> Tensor:
     """Weight (O, ...), each channel O rounded to ``bits`` bits, in its dtype; the gradient passes."""
-    return reference.fake_quantize_channels(weight, bits).contiguous()
+    return reference.fake_quantize_channels(weight, bits, grain).contiguous()
 
 
 @fake_quantize_channels.register_fake
-def _(weight: Tensor, bits: int) -> Tensor:
+def _(weight: Tensor, bits: int, grain: float = 0.0) -> Tensor:
     torch._check(weight.ndim >= 2, lambda: f"fake_quantize_channels: weight is (O, ...), found {weight.ndim} axes")
     torch._check(2 <= bits <= 8, lambda: f"fake_quantize_channels: bits are 2 to 8, found {bits}")
     return weight.new_empty(weight.shape)
 
 
-def _pass_weight(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    return gradient, None
+def _pass_weight(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return gradient, None, None
 
 
 fake_quantize_channels.register_autograd(_pass_weight)
 
 
 @torch.library.custom_op("intarsia::fake_quantize_bias", mutates_args=())
-def fake_quantize_bias(bias: Tensor, weight: Tensor, bits: int, input_scale: float) -> Tensor:
+def fake_quantize_bias(bias: Tensor, weight: Tensor, bits: int, input_scale: float, grain: float = 0.0) -> Tensor:
     """Bias (O) rounded to steps of input_scale times those of weight (O, ...) in ``bits`` bits; the gradient passes."""
-    return reference.fake_quantize_bias(bias, weight, bits, input_scale).contiguous()
+    return reference.fake_quantize_bias(bias, weight, bits, input_scale, grain).contiguous()
 
 
 @fake_quantize_bias.register_fake
-def _(bias: Tensor, weight: Tensor, bits: int, input_scale: float) -> Tensor:
+def _(bias: Tensor, weight: Tensor, bits: int, input_scale: float, grain: float = 0.0) -> Tensor:
     expected = weight.shape[:1]
     torch._check(bias.shape == expected, lambda: f"fake_quantize_bias: bias is {tuple(expected)}")
     torch._check(input_scale > 0, lambda: f"fake_quantize_bias: input_scale is positive, found {input_scale}")
     return bias.new_empty(bias.shape)
 
 
-def _pass_bias(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-    return gradient, None, None, None
+def _pass_bias(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return gradient, None, None, None, None
 
 
 fake_quantize_bias.register_autograd(_pass_bias)

@@ -28,14 +28,17 @@ LAUNCHES: Mapping[str, str] = {}
 
 
 @torch.library.custom_op("intarsia::quantize_channels", mutates_args=())
-def quantize_channels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Weight (O, ...) in 2 to 8 bits: codes i8 (O, ...), and one step of each channel, f32 (O)."""
-    codes, scale = reference.quantize_channels(weight, bits)
+def quantize_channels(weight: Tensor, bits: int, grain: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Weight (O, ...) in 2 to 8 bits: codes i8 (O, ...), and one step of each channel, f32 (O).
+
+    Steps are multiples of ``grain`` if that is not 0.
+    """
+    codes, scale = reference.quantize_channels(weight, bits, grain)
     return codes.contiguous(), scale.contiguous()
 
 
 @quantize_channels.register_fake
-def _(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _(weight: Tensor, bits: int, grain: float = 0.0) -> tuple[Tensor, Tensor]:
     torch._check(weight.ndim >= 2, lambda: f"quantize_channels: weight is (O, ...), found {weight.ndim} axes")
     torch._check(2 <= bits <= 8, lambda: f"quantize_channels: bits are 2 to 8, found {bits}")
     return (
@@ -105,13 +108,13 @@ def _(
 
 
 @torch.library.custom_op("intarsia::quantize_bias", mutates_args=())
-def quantize_bias(bias: Tensor, scale: Tensor, input_scale: float) -> Tensor:
-    """Bias (O) in steps of scale f32 (O) times input_scale: i32 (O), saturating."""
-    return reference.quantize_bias(bias, scale, input_scale).contiguous()
+def quantize_bias(bias: Tensor, scale: Tensor, input_scale: float, largest: int = reference.LARGEST) -> Tensor:
+    """Bias (O) in steps of scale f32 (O) times input_scale: i32 (O), saturating at ``largest``."""
+    return reference.quantize_bias(bias, scale, input_scale, largest).contiguous()
 
 
 @quantize_bias.register_fake
-def _(bias: Tensor, scale: Tensor, input_scale: float) -> Tensor:
+def _(bias: Tensor, scale: Tensor, input_scale: float, largest: int = reference.LARGEST) -> Tensor:
     torch._check(bias.shape == scale.shape, lambda: f"quantize_bias: bias is {tuple(scale.shape)}")
     torch._check(input_scale > 0, lambda: f"quantize_bias: input_scale is a positive number, found {input_scale}")
     return bias.new_empty(bias.shape, dtype=torch.int32)

@@ -25,13 +25,13 @@ TRIES = 63
 """Multipliers that are tried; 29 were enough of 240 whose results saturate at sums of 2**19 (docs/decisions/012)."""
 
 
-def quantize_channels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize_channels(weight: Tensor, bits: int, grain: float = 0.0) -> tuple[Tensor, Tensor]:
     """``weight`` (O, ...) as codes i8 of ``bits`` bits, rounded half to even, and a step for each channel, f32 (O).
 
     Source: HAWQ-V3 (arXiv 2011.10680), section 3.1; scale as in its code, the largest magnitude over 2**(bits-1) - 1.
     """
     largest = 2 ** (bits - 1) - 1
-    scale = channel_scale(weight, bits)
+    scale = channel_scale(weight, bits, grain)
     steps = weight.float() / scale.reshape(-1, *[1] * (weight.ndim - 1))
     return steps.round().clamp(-largest - 1, largest).to(torch.int8), scale
 
@@ -49,13 +49,15 @@ def dyadic(scale: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     return torch.where(full, 2.0**30, multiplier).to(torch.int32), (shift - full.int()).to(torch.int32)
 
 
-def quantize_bias(bias: Tensor, scale: Tensor, input_scale: float) -> Tensor:
-    """``bias`` (O) in steps of ``scale`` (O) * ``input_scale``, in f64, rounded half to even, saturating: i32 (O).
+def quantize_bias(bias: Tensor, scale: Tensor, input_scale: float, largest: int = LARGEST) -> Tensor:
+    """``bias`` (O) in steps of ``scale`` (O) * ``input_scale``, in f64, rounded half to even: i32 (O).
+
+    It saturates at -``largest`` - 1 and ``largest``, which leave room for the sum that it is added to.
 
     Source: HAWQ-V3, section 3.2 and appendix D.
     """
     steps = scale.double() * input_scale
-    return (bias.double() / steps).round().clamp(-LARGEST - 1, LARGEST).to(torch.int32)
+    return (bias.double() / steps).round().clamp(-largest - 1, largest).to(torch.int32)
 
 
 def exact_dyadic(

@@ -16,7 +16,7 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SMALLEST = np.float32(1e-8)
-"""Magnitude that a channel of zeros is rounded with."""
+"""A channel whose largest magnitude is below it has no weights."""
 
 
 def requantize(input: Array, multiplier: Array, shift: Array, axis: int, low: int = -128, high: int = 127) -> Array:
@@ -121,11 +121,17 @@ def dequantize_static(input: Array, scale: float) -> Array:
     return result
 
 
-def quantize_channels(weight: Array, bits: int) -> tuple[Array, Array]:
-    """``weight`` (O, ...) as codes i8 of ``bits`` bits, rounded half to even, and a step for each channel, f32 (O)."""
+def quantize_channels(weight: Array, bits: int, grain: float = 0.0) -> tuple[Array, Array]:
+    """``weight`` (O, ...) as codes i8 of ``bits`` bits, rounded half to even, and a step for each channel, f32 (O).
+
+    The step is the largest magnitude, 1 where there is none, over the largest code; with a ``grain``, its next multiple.
+    """
     largest = 2 ** (bits - 1) - 1
     real = weight.astype(np.float32)
-    scale = np.maximum(np.abs(real).reshape(len(real), -1).max(axis=1), SMALLEST) / np.float32(largest)
+    magnitude = np.abs(real).reshape(len(real), -1).max(axis=1)
+    scale = np.where(magnitude < SMALLEST, np.float32(1), magnitude) / np.float32(largest)
+    if grain:
+        scale = (np.ceil(scale.astype(np.float64) / grain) * grain).astype(np.float32)
     return clipped(np.rint(real / scale.reshape(-1, *[1] * (real.ndim - 1))), -largest - 1, largest), scale
 
 
@@ -171,10 +177,13 @@ def exact_dyadic(
     return found, shift.copy()
 
 
-def quantize_bias(bias: Array, scale: Array, input_scale: float) -> Array:
-    """``bias`` (O) in steps of ``scale`` (O) * ``input_scale``, in f64, rounded half to even, saturating: i32 (O)."""
+def quantize_bias(bias: Array, scale: Array, input_scale: float, largest: int = 2**31 - 1) -> Array:
+    """``bias`` (O) in steps of ``scale`` (O) * ``input_scale``, in f64, rounded half to even: i32 (O).
+
+    It saturates at -``largest`` - 1 and ``largest``, so that its sum with what a layer sums up stays in int32.
+    """
     steps = scale.astype(np.float64) * input_scale
-    return clipped(np.rint(bias.astype(np.float64) / steps), -(2**31), 2**31 - 1)
+    return np.clip(np.rint(bias.astype(np.float64) / steps), -largest - 1, largest).astype(np.int32)
 
 
 OPERATORS: Mapping[str, Callable[..., Any]] = {

@@ -140,13 +140,18 @@ CASES: Mapping[str, Any] = {
     "intarsia.dequantize_static": lambda: (
         {"input": codes(dtype, 3, 50), "scale": scale} for dtype in CODES for scale in (0.1, 1e-5)
     ),
-    "intarsia.quantize_channels": lambda: ({"weight": weight, "bits": bits} for weight in weights() for bits in (4, 8)),
+    "intarsia.quantize_channels": lambda: (
+        {"weight": weight, "bits": bits, "grain": grain}
+        for weight in weights()
+        for bits in (4, 8)
+        for grain in (0.0, 0.001)
+    ),
     "intarsia.dyadic": scales,
     "intarsia.exact_dyadic": chosen,
     "intarsia.quantize_bias": lambda: (
         {"bias": torch.randn(50, generator=GENERATOR), "scale": torch.rand(50, generator=GENERATOR) * step}
-        | {"input_scale": 0.02}
-        for step in (1.0, 1e-3, 1e-10)
+        | {"input_scale": 0.02, "largest": largest}
+        for step, largest in ((1.0, 2**31 - 1), (1e-3, 1000), (1e-10, 2**31 - 1), (1e-10, 2**30))
     ),
 }
 

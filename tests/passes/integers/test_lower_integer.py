@@ -10,9 +10,10 @@ from torch import Tensor
 
 from intarsia.ir.errors import PlanError
 from intarsia.ir.execute import call, check_types, evaluate_nodes
-from intarsia.ir.graph import Graph
+from intarsia.ir.graph import Graph, Ref
 from intarsia.ir.program import Program, example_inputs, materialize
 from intarsia.ir.target import Target
+from intarsia.kernels.integers import golden
 from intarsia.passes.conformance import check_pass
 from intarsia.passes.integer_only import integer_only
 from intarsia.passes.lower_integer import LowerInteger
@@ -253,3 +254,48 @@ def test_sixteen_bit_codes_are_no_input_of_a_product_and_stay_in_float(target: T
 """)
     lines = integer_only(LowerInteger().run(graph, target, {}))
     assert lines == ("%y: aten.linear is kept in float: its input, weight or result is on no integer grid",)
+
+
+BIASED = """graph g {
+  input %x: f32[1, 8]
+  param %w: f32[2, 8]
+  param %b: f32[2]
+  %a: f32[1, 8] = intarsia.fake_quantize(input=%x, scale=0.01, low=-128, high=127)
+  %w8: f32[2, 8] = intarsia.fake_quantize_channels(weight=%w, bits=8)
+  %y.bias: f32[2] = intarsia.fake_quantize_bias(bias=%b, weight=%w, bits=8, input_scale=0.01)
+  %y: f32[1, 2] = aten.linear(input=%a, weight=%w8, bias=%y.bias)
+  %z: f32[1, 2] = intarsia.fake_quantize(input=%y, scale=0.02, low=-128, high=127)
+  return %z
+}
+"""
+
+
+def both(weight: Tensor, bias: list[float], target: Target) -> tuple[Tensor, Tensor]:
+    """What the layer gives of ones on grids in float, and in integers by their definition."""
+    graph = Graph.parse(BIASED)
+    parameters = {"w": weight, "b": torch.tensor(bias)}
+    x = torch.ones(1, 8)
+    (real,) = Program(graph, parameters).module()(x)
+    ready = materialize(Program(LowerInteger().run(graph, target, {}), parameters))
+    (layer,) = ready.graph.find("intarsia.linear_i8i8")
+    given = {
+        key: ready.weights[arg.name].numpy()
+        for key, arg in layer.args.items()
+        if key != "input" and isinstance(arg, Ref)
+    }
+    codes = golden.linear_i8i8(golden.quantize_static(x.numpy(), 0.01), **given)
+    return real, torch.from_numpy(codes) * 0.02
+
+
+def test_a_channel_without_weights_keeps_its_bias(target: Target) -> None:
+    weight = torch.stack([torch.zeros(8), torch.full((8,), 0.01)])
+    real, integer = both(weight, [1.5, 0.3], target)
+    torch.testing.assert_close(real, torch.tensor([[1.5, 0.38]]), atol=0.011, rtol=0)
+    torch.testing.assert_close(integer, real)
+
+
+def test_a_bias_beyond_int32_leaves_room_for_the_sum_it_is_added_to(target: Target) -> None:
+    """1e-7 of weight and 1 of bias: 1.3e11 steps, which saturate; then a sum on top of them is still in int32."""
+    real, integer = both(torch.full((2, 8), 1e-7), [1.0, -1.0], target)
+    assert integer[0, 0] > 0 > integer[0, 1]
+    assert (integer.abs() <= real.abs() + 0.02).all()

@@ -206,12 +206,12 @@ def test_a_network_without_ranges_is_sent_to_calibration(residual: Graph, target
 def test_a_sum_that_int32_may_not_hold_is_refused_with_its_bounds(
     with_ranges: Callable[[Graph, Ranges], Graph], target: Target
 ) -> None:
-    graph = with_ranges(linear(columns=131_072), dict.fromkeys(("x", "a", "b", "c"), (-1.0, 1.0)))
+    graph = with_ranges(linear(columns=65_537), dict.fromkeys(("x", "a", "b", "c"), (-1.0, 1.0)))
     assert QuantizeInteger().refusals(graph, target)["a"] == (
-        "a sum of 131,072 products of 8-bit weights and codes up to 128 may overflow int32; 131,071 fit, split the "
-        "layer or use fewer bits; the first layer stays in 8 bits (HAWQ-V3, bit_config.py)"
+        "a sum of 65,537 products of 8-bit weights and codes up to 128 leaves no room for a bias in int32; 65,536 "
+        "fit, split the layer or use fewer bits; the first layer stays in 8 bits (HAWQ-V3, bit_config.py)"
     )
-    fits = with_ranges(linear(columns=131_071), dict.fromkeys(("x", "a", "b", "c"), (-1.0, 1.0)))
+    fits = with_ranges(linear(columns=65_536), dict.fromkeys(("x", "a", "b", "c"), (-1.0, 1.0)))
     assert QuantizeInteger().choices(fits, target)["a"] == ("keep", "w8a8")
 
 
