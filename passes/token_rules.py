@@ -67,6 +67,9 @@ PRODUCTS: Mapping[str, tuple[str, str]] = {
 }
 """Matrix products by the names of their factors; a layer's weight gives no axis."""
 
+REDUCTIONS = frozenset({"aten.amax", "aten.amin", "aten.mean.dim", "aten.sum.dim_IntList", "aten.var.correction"})
+"""Operators that make one number of those along the axes ``dim``, and leave the other axes as they are."""
+
 CONVOLUTIONS = frozenset({"aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"})
 
 
@@ -91,7 +94,7 @@ def moved(node: Node, place: int, known: Known) -> Axes:
         return rule(node, known, place)
     if node.op in REGROUP:
         return regrouped(known.of(node.inputs[0]), known.shape(name))
-    if node.op in BESIDE or _is_pointwise(node.op):
+    if node.op in BESIDE or is_pointwise(node.op):
         return _beside(node.inputs, known.shape(name), known)
     return ()
 
@@ -107,7 +110,8 @@ def _beside(names: tuple[str, ...], shape: tuple[int, ...], known: Known) -> Axe
 
 
 @lru_cache(maxsize=4096)
-def _is_pointwise(op: str) -> bool:
+def is_pointwise(op: str) -> bool:
+    """Whether PyTorch says that the operator works element by element."""
     if not op.startswith("aten."):
         return False
     return torch.Tag.pointwise in getattr(resolve(op), "tags", ())
@@ -165,6 +169,21 @@ def _select(node: Node, known: Known, place: int) -> Axes:
     given = known.of(node.ref("self"))
     dim = _axis(node, len(given), default=0)
     return () if dim is None else (*given[:dim], *given[dim + 1 :])
+
+
+def reduced(node: Node, rank: int) -> frozenset[int]:
+    """The axes of an operand of this rank that one of ``REDUCTIONS`` makes one number of."""
+    dims = node.args.get("dim")
+    given = (dims,) if isinstance(dims, int) else dims if isinstance(dims, tuple) else ()
+    return frozenset(dim % rank for dim in given if isinstance(dim, int)) or frozenset(range(rank))
+
+
+def _reduction(node: Node, known: Known, place: int) -> Axes:
+    given = known.of(node.ref("input" if "input" in node.args else "self"))
+    gone = reduced(node, len(given))
+    if node.args.get("keepdim"):
+        return tuple(unknown(1) if dim in gone else axis for dim, axis in enumerate(given))
+    return tuple(axis for dim, axis in enumerate(given) if dim not in gone)
 
 
 def _index_select(node: Node, known: Known, place: int) -> Axes:
@@ -262,6 +281,7 @@ _RULES: Mapping[str, Callable[[Node, Known, int], Axes]] = {
     "aten.slice_scatter": _scatter,
     "aten.select_scatter": _scatter,
     **dict.fromkeys(PRODUCTS, _product),
+    **dict.fromkeys(REDUCTIONS, _reduction),
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     **dict.fromkeys(
         ("aten.scaled_dot_product_attention", "intarsia.attention", "intarsia.block_sparse_attention"), _attention

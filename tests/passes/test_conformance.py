@@ -21,7 +21,11 @@ ERRORS = {"cast-floats": 1e-4}
 """Squared errors, relative to the outputs, that passes declare; all others keep every bit."""
 
 
-@pytest.mark.parametrize("name", PASSES)
+KEEPING = sorted(set(PASSES) - {"active-tokens"})
+"""Passes that leave the interface as it is; ``test_active_tokens.py`` holds the other one to its promises."""
+
+
+@pytest.mark.parametrize("name", KEEPING)
 @pytest.mark.parametrize("trace", ["wan-block-bf16", "wan-block-dynamic"])
 def test_every_pass_keeps_its_promises(
     name: str, trace: str, target: Target, with_weights: Callable[[Graph], Program]
@@ -30,7 +34,7 @@ def test_every_pass_keeps_its_promises(
     check_pass(find_pass(name), program, target, error=ERRORS.get(name, 0.0))
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", KEEPING)
 def test_every_pass_keeps_its_promises_without_weights(name: str, mlp: Graph, target: Target) -> None:
     check_pass(find_pass(name), Program(mlp, meta_weights(mlp.params)), target)
 

@@ -1,0 +1,232 @@
+"""The denoising loop in which each token gets the steps it needs, over anything that runs a step with caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool3d
+
+from intarsia.ir.allocation import Allocation
+from intarsia.ir.errors import UsageError
+from intarsia.models.sampler import TIMESTEPS, Conditioning, FlowMatchEuler
+
+Caches = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How far the noise level went since caches were written.
+
+    Attributes:
+        elapsed: The noise level less that of the last call (1), f32; 0 at the first.
+        rate: For each token one over the noise level less that at which it was last computed (N), f32; 0 where it
+            never was.
+    """
+
+    elapsed: Tensor
+    rate: Tensor
+
+
+class Step(Protocol):
+    """A step of the network that computes the active tokens."""
+
+    def __call__(
+        self,
+        *,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        active: Tensor,
+        clock: Clock,
+        caches: Caches,
+    ) -> tuple[Tensor, Caches]:
+        """The velocity of hidden_states (R, ...) for all tokens, and the caches after the step.
+
+        ``active`` are the tokens to compute (A), i64, in rising order; other tokens' velocity is what they had last.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """How the tokens lie in a sample.
+
+    Attributes:
+        axes: Of a sample with its batch axis, those that frames, rows and columns of tokens are on; all the same where
+            the sample is a sequence of tokens already.
+        extents: Frames, rows and columns of tokens.
+    """
+
+    axes: tuple[int, int, int]
+    extents: tuple[int, int, int]
+
+    @property
+    def count(self) -> int:
+        """N, all tokens."""
+        frames, height, width = self.extents
+        return frames * height * width
+
+    def means(self, sample: Tensor) -> Tensor:
+        """The mean over each token of a sample (B, ...): (B, frames, height, width)."""
+        batch = len(sample)
+        if len(set(self.axes)) == 1:
+            (axis,) = set(self.axes)
+            return sample.movedim(axis, 1).reshape(batch, self.count, -1).mean(-1).reshape(batch, *self.extents)
+        moved = sample.movedim(self.axes, (1, 2, 3))
+        split = [
+            part
+            for extent, whole in zip(self.extents, moved.shape[1:4], strict=True)
+            for part in (extent, whole // extent)
+        ]
+        return moved.reshape(batch, *split, -1).mean(dim=(2, 4, 6, 7))
+
+    def spread(self, values: Tensor, like: Tensor) -> Tensor:
+        """Values of tokens (N) at each place of a sample (1, ...), with an axis of 1 where there are no tokens."""
+        shape = [1] * like.ndim
+        if len(set(self.axes)) == 1:
+            shape[self.axes[0]] = self.count
+            return values.reshape(shape)
+        grid = values.reshape(self.extents)
+        for number, axis in enumerate(self.axes):
+            grid = grid.repeat_interleave(like.shape[axis] // self.extents[number], number)
+        order = sorted(range(3), key=lambda number: self.axes[number])
+        for number, axis in enumerate(self.axes):
+            shape[axis] = grid.shape[number]
+        return grid.permute(order).reshape(shape)
+
+
+def scores(now: Tensor, before: Tensor, grid: TokenGrid, *, smooth: bool) -> Tensor:
+    """How much the velocity of each token changes, relative to what it was: (B, N).
+
+    Source: Heterogeneous Step Allocation, the relative L1 change of the velocity; the smoothing is ours.
+    """
+    change = grid.means((now - before).abs()) / (grid.means(before.abs()) + 1e-6)
+    if smooth:
+        change = avg_pool3d(change[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
+    return change.flatten(1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a loop did.
+
+    Attributes:
+        sample: The sample (1, ...), f32.
+        active: The tokens that each step computed, in rising order.
+        orders: Tokens by falling change, each time that groups were formed.
+    """
+
+    sample: Tensor
+    active: tuple[tuple[int, ...], ...]
+    orders: tuple[tuple[int, ...], ...]
+
+    @property
+    def share(self) -> float:
+        """Token steps that were computed, of all."""
+        return sum(map(len, self.active)) / (len(self.active) * len(self.orders[0]))
+
+
+def sample(
+    sampler: FlowMatchEuler,
+    allocation: Allocation,
+    step: Step,
+    noise: Tensor,
+    conditioning: Conditioning,
+    *,
+    caches: Caches,
+    grid: TokenGrid,
+    progress: Callable[[int, int], None] | None = None,
+) -> Run:
+    """One sample (1, ...) from noise (1, ...) by Euler's method: every step moves every token, by what it had last.
+
+    Args:
+        caches: What the first step is given; it computes all tokens, so their content does not matter.
+        progress: Gets (steps done, steps).
+
+    Raises:
+        UsageError: More than one sample, or a window that the steps leave no room for.
+    """
+    if len(noise) != 1 or len(conditioning.text) != 1:
+        raise UsageError(f"step allocation: {len(noise)} samples at once; tokens are chosen for one sample at a time")
+    if allocation.warm_up + allocation.tail > sampler.steps:
+        raise UsageError(
+            f"step allocation: warm_up {allocation.warm_up} and tail {allocation.tail} leave none of {sampler.steps} steps"
+        )
+    guided = sampler.guidance != 1
+    text = torch.cat([conditioning.text, conditioning.null]) if guided else conditioning.text
+    loop = _Loop(allocation, sampler.steps, grid)
+    state = noise.float()
+    with torch.no_grad():
+        for number, (now, after) in enumerate(pairwise(sampler.sigmas().tolist())):
+            active = loop.begin(number)
+            if len(active):
+                rows = torch.cat([state, state]) if guided else state
+                timestep = torch.full((len(rows),), now * TIMESTEPS, dtype=torch.float32)
+                answer, caches = step(
+                    hidden_states=rows,
+                    timestep=timestep,
+                    encoder_hidden_states=text,
+                    active=active,
+                    clock=loop.clock(now),
+                    caches=caches,
+                )
+                loop.learn(number, active, now, sampler.guide(answer.float()))
+            state = state + (after - now) * loop.velocity(now)
+            if progress is not None:
+                progress(number + 1, sampler.steps)
+    return Run(state, tuple(loop.active), tuple(loop.orders))
+
+
+class _Loop:
+    """Which tokens are computed, and what is known of each token's velocity."""
+
+    def __init__(self, allocation: Allocation, steps: int, grid: TokenGrid) -> None:
+        self.allocation, self.steps, self.grid = allocation, steps, grid
+        self.active: list[tuple[int, ...]] = []
+        self.orders: list[tuple[int, ...]] = []
+        self._groups: tuple[tuple[tuple[int, ...], ...], ...] = ()
+        self._called: float | None = None
+        self._since = torch.full((grid.count,), torch.nan, dtype=torch.float64)
+        self._before = self._since
+        self._last = self._earlier = torch.empty(0)
+
+    def begin(self, number: int) -> Tensor:
+        """The tokens that step ``number`` computes."""
+        dense = self.allocation.is_dense(number, self.steps)
+        self.active.append(tuple(range(self.grid.count)) if dense else self.allocation.active(self._groups, number))
+        return torch.tensor(self.active[-1], dtype=torch.int64)
+
+    def clock(self, now: float) -> Clock:
+        """How far the noise level ``now`` is from where caches were written."""
+        elapsed = 0.0 if self._called is None else now - self._called
+        rate = (1 / (now - self._since)).nan_to_num(0.0, 0.0, 0.0)
+        return Clock(torch.tensor([elapsed], dtype=torch.float32), rate.float())
+
+    def learn(self, number: int, active: Tensor, now: float, velocity: Tensor) -> None:
+        """Take the velocity of the active tokens, and form groups where it is time to."""
+        first = self._called is None
+        computed = torch.zeros(self.grid.count, dtype=torch.bool).index_fill(0, active, True)
+        self._before = torch.where(computed, self._since, self._before)
+        self._since = torch.where(computed, now, self._since)
+        where = self.grid.spread(computed, velocity)
+        self._earlier = velocity if first else torch.where(where, self._last, self._earlier)
+        self._last = velocity if first else torch.where(where, velocity, self._last)
+        self._called = now
+        if self.allocation.regroups(number, self.steps):
+            change = scores(self._last, self._earlier, self.grid, smooth=self.allocation.smooth)[0]
+            self.orders.append(tuple(change.argsort(descending=True, stable=True).tolist()))
+            self._groups = self.allocation.groups(self.orders[-1])
+
+    def velocity(self, now: float) -> Tensor:
+        """Of all tokens at noise level ``now``: what each had last, or where its last two lead."""
+        if self.allocation.velocity == "held":
+            return self._last
+        ahead = ((now - self._since) / (self._since - self._before)).nan_to_num(0.0, 0.0, 0.0).float()
+        if not ahead.any():
+            return self._last
+        return self._last + self.grid.spread(ahead, self._last) * (self._last - self._earlier)

@@ -1,0 +1,105 @@
+"""Along which axis of each value the tokens of the video lie, if along any: what step allocation rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from intarsia.ir.errors import Unsupported
+from intarsia.ir.graph import Graph
+from intarsia.ir.sizes import Dim
+from intarsia.ir.tokens import TokenLayout
+from intarsia.passes.attention_sites import Site, survey, why_none
+from intarsia.passes.token_axes import Axis, Factor, Segment, count
+from intarsia.passes.token_flow import TokenAxes
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the video's tokens lie in a value: along axis ``dim``, behind ``before`` others, in front of ``after``."""
+
+    dim: int
+    before: int = 0
+    after: int = 0
+
+    @property
+    def others(self) -> int:
+        """Tokens of the axis that are none of the video's."""
+        return self.before + self.after
+
+
+class TokenPlaces:
+    """Where the tokens of the video lie in every value of a traced video transformer.
+
+    The video's tokens are those that the first self-attention over video tokens asks for; text beside them is
+    counted, not followed. Data flow alone decides: no name of a module does.
+
+    Args:
+        graph: Any traced model.
+
+    Raises:
+        Unsupported: The graph has no self-attention over the tokens of a video, or two that differ in them.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        if reason := why_none(graph):
+            raise Unsupported(f"step allocation: {reason}")
+        self._axes = TokenAxes(graph)
+        self.attention: Mapping[str, Site | str] = survey(graph)
+        self.sites = tuple(found for found in self.attention.values() if isinstance(found, Site))
+        first, *others = self.sites
+        self._video = self._segment(first)
+        for site in others:
+            if self._segment(site) != self._video:
+                raise Unsupported(
+                    f"step allocation: %{site.name} is among {site.layout}, %{first.name} among {first.layout}; "
+                    "one set of tokens is followed"
+                )
+
+    @property
+    def layout(self) -> TokenLayout:
+        """How the tokens lie in the video; text beside them is that of the first attention."""
+        return self.sites[0].layout
+
+    @property
+    def count(self) -> int:
+        """N, the tokens of the video."""
+        return count(self._video)
+
+    def of(self, name: str) -> Place | None:
+        """Where they lie in a value; None if along no axis of it."""
+        if not self._axes.is_tensor(name):
+            return None
+        found = [place for dim, axis in enumerate(self._axes.of(name)) if (place := self._place(dim, axis))]
+        return found[0] if len(found) == 1 else None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The extents of a value, named sizes replaced by an example."""
+        return self._axes.shape(name)
+
+    def _place(self, dim: int, axis: Axis) -> Place | None:
+        for number, segment in enumerate(axis):
+            if segment in self._spellings:
+                return Place(dim, sum(map(count, axis[:number])), sum(map(count, axis[number + 1 :])))
+        return None
+
+    def _segment(self, site: Site) -> Segment:
+        """The segment of a site's axis of tokens that is the video: the one of three factors."""
+        (found,) = (segment for segment in self._axes.of(site.query)[2] if len(segment) == 3)
+        return found
+
+    @cached_property
+    def _spellings(self) -> frozenset[Segment]:
+        """The video's tokens as three axes, and as the one axis of an input that has them flat already."""
+        found = {self._video}
+        inner = self._video[-1]
+        if len({(factor.source, factor.axis) for factor in self._video}) == 1:
+            found.add((Factor(self.count, inner.source, inner.axis, inner.stride, inner.made),))
+        return frozenset(found)
+
+
+def restricted(extents: tuple[Dim, ...], place: Place, active: str) -> tuple[Dim, ...]:
+    """Extents of which the axis at ``place`` holds the active tokens of the video and all others."""
+    dim: Dim = f"{active} + {place.others}" if place.others else active
+    return (*extents[: place.dim], dim, *extents[place.dim + 1 :])
