@@ -155,7 +155,7 @@ def sample(
         raise UsageError(f"step allocation: {len(noise)} samples at once; tokens are chosen for one sample at a time")
     if allocation.warm_up + allocation.tail > sampler.steps:
         raise UsageError(
-            f"step allocation: warm_up {allocation.warm_up} and tail {allocation.tail} leave none of {sampler.steps} steps"
+            f"step allocation: warm_up {allocation.warm_up} and tail {allocation.tail} are more than all {sampler.steps}"
         )
     guided = sampler.guidance != 1
     text = torch.cat([conditioning.text, conditioning.null]) if guided else conditioning.text
