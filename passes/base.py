@@ -26,6 +26,7 @@ PASSES: dict[str, str] = {
     "fold-sizes": "intarsia.passes.fold_sizes:FoldSizes",
     "fuse-heads": "intarsia.passes.fuse_heads:FuseHeads",
     "fuse-kernels": "intarsia.passes.fuse_kernels:FuseKernels",
+    "integer-islands": "intarsia.passes.integer_islands:IntegerIslands",
     "lower-integer": "intarsia.passes.lower_integer:LowerInteger",
     "merge-duplicates": "intarsia.passes.merge_duplicates:MergeDuplicates",
     "merge-rope": "intarsia.passes.merge_rope:MergeRope",

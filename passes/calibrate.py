@@ -17,6 +17,7 @@ from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
 from intarsia.kernels.limits import FLOATS
 from intarsia.passes.base import Pass
+from intarsia.passes.integer_island_roles import SCALED, Island, island
 from intarsia.passes.quantize_integer_layers import head
 from intarsia.passes.quantize_integer_roles import LAYERS, addends, bounds, joined, keeps_grid, source, window
 
@@ -39,6 +40,7 @@ class Calibrate(Pass):
     """
 
     name: ClassVar[str] = "calibrate"
+    steers: ClassVar[bool] = True
 
     def choices(self, graph: Graph, target: Target) -> Choices:
         """At each place ``keep``; ranges are taken too, whatever they are."""
@@ -82,7 +84,7 @@ class Calibrate(Pass):
 
 
 def places(graph: Graph) -> tuple[str, ...]:
-    """The values whose ranges integers need: what layers, sums and concatenations read and give.
+    """The values whose ranges integers need: what layers, sums, concatenations and islands read and give.
 
     Behind one of these the value after a clamp that follows directly; what pools and views make of a value has its
     range.
@@ -113,6 +115,8 @@ def _of(node: Node, graph: Graph) -> Iterator[str]:
     parts: Sequence[str] = addends(node, graph) or joined(node) or ()
     if node.op in LAYERS:
         parts = (node.ref("input"),)
+    if isinstance(found := island(node, graph), Island) and found.kind != SCALED:
+        parts = found.reads
     yield from (_origin(name, graph) for name in parts)
     if parts:
         yield head(node.name, graph)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.program import split_constant
 from intarsia.ir.types import TensorType
+from intarsia.passes.integer_island_roles import island
 from intarsia.passes.quantize_integer_roles import LAYERS, addends, bounds, joined, keeps_grid, window
 
 INTO, OUT_OF = "intarsia.quantize_static", "intarsia.dequantize_static"
@@ -83,4 +84,12 @@ def _float_line(node: Node, graph: Graph) -> str | None:
         return f"{where} is kept in float: its input, weight or result is on no integer grid"
     if addends(node, graph) or joined(node) or found or keeps_grid(node) or bounds(node):
         return f"{where} is computed in float: not all that it reads comes in integers"
-    return f"{where} has no integer form"
+    return f"{where}{_between(node, graph)}"
+
+
+def _between(node: Node, graph: Graph) -> str:
+    """What is to be said of an operator that may have an integer form between grids alone."""
+    found = island(node, graph)
+    if found is None:
+        return " has no integer form"
+    return f": {found}" if isinstance(found, str) else " is in float; integer-islands has an integer form"

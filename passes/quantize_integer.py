@@ -14,7 +14,7 @@ from intarsia.passes.base import Pass
 from intarsia.passes.quantize_integer_grids import Grid
 from intarsia.passes.quantize_integer_layers import BITS, KEEP, places
 from intarsia.passes.quantize_integer_ranges import Ranged, take_ranges
-from intarsia.passes.quantize_integer_values import JOIN, KEEPS, Values, plan_values
+from intarsia.passes.quantize_integer_values import MADE_ELSEWHERE, Values, plan_values
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,13 @@ class QuantizeInteger(Pass):
 
     Weights are on a grid of each output channel, activations on one of the tensor, residual sums on one of 16 bits.
     ``lower-integer`` turns it into integers. Source: HAWQ-V3 (arXiv 2011.10680), section 3.
+
+    Attributes:
+        islands: Whether results of softmax, norms, functions and products of activations are on grids too, so that
+            ``integer-islands`` can compute them with integers; otherwise they are float, as are sums with them.
     """
+
+    islands: bool = False
 
     name: ClassVar[str] = "quantize-integer"
 
@@ -66,7 +72,8 @@ class QuantizeInteger(Pass):
                 offered = ", ".join((KEEP, *known[name].offers))
                 reason = known[name].reasons.get(option, "there is no such option")
                 raise PlanError(f"{self.name}: %{name} offers {offered}; the plan asks for {option}: {reason}")
-        values = plan_values(ranged, {name: BITS[option][1] for name, option in options.items()})
+        input_bits = {name: BITS[option][1] for name, option in options.items()}
+        values = plan_values(ranged, input_bits, islands=self.islands)
         return _Rewriting(ranged, values, {name: BITS[option][0] for name, option in options.items()}).graph()
 
 
@@ -84,7 +91,7 @@ class _Rewriting:
         before = self.ranged.graph
         for node in before.nodes:
             self.nodes.append(self._layer(node) if node.name in self.weight_bits else self._reading(node))
-            if node.name in self.values.kept and self.values.roles[node.name] not in (JOIN, KEEPS):
+            if node.name in self.values.kept and self.values.roles[node.name] not in MADE_ELSEWHERE:
                 self.seen[node.name] = self._rounded(node.name, self.values.kept[node.name])
         outputs = tuple(self.seen.get(name, name) for name in before.outputs)
         return replace(before, nodes=tuple(self.nodes), outputs=outputs)

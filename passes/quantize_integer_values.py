@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from intarsia.ir.graph import Node
+from intarsia.passes import integer_island_roles as island_roles
+from intarsia.passes.integer_island_roles import Island
 from intarsia.passes.quantize_integer_grids import TRUNK, Grid, grid, why_no_grid
 from intarsia.passes.quantize_integer_layers import head
 from intarsia.passes.quantize_integer_ranges import Ranged
@@ -15,6 +17,10 @@ LEAST = 8
 """Bits of a value that something reads besides products: averages and operators in float."""
 
 PRODUCT, SUM, AVERAGE, JOIN, CLAMP, KEEPS = "product", "sum", "average", "join", "clamp", "keeps"
+ISLAND, SCALED = "island", "scaled"
+
+MADE_ELSEWHERE = (JOIN, KEEPS, SCALED)
+"""Roles of values that lie on a grid because what they are made of does."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +38,15 @@ class Values:
     wanted: Mapping[str, Mapping[str, Grid]]
 
 
-def plan_values(ranged: Ranged, input_bits: Mapping[str, int]) -> Values:
+def plan_values(ranged: Ranged, input_bits: Mapping[str, int], *, islands: bool = False) -> Values:
     """The grids of all integers when the layers in ``input_bits`` read inputs of so many bits.
 
     A sum is on the 16-bit trunk, and so are its operands; what is concatenated is on one grid; a value that several
-    want otherwise is kept in the widest form and requantized for each. Source: HAWQ-V3, equations 7 and 18.
+    want otherwise is kept in the widest form and requantized for each. With ``islands``, results of functions, softmax
+    and norms are on grids too, and products of two activations, which read 8 bits. Source: HAWQ-V3, equations 7 and 18.
     """
-    roles = _roles(ranged, input_bits)
+    found = _islands(ranged) if islands else {}
+    roles = _roles(ranged, input_bits, found)
     kept: dict[str, Grid] = {}
     wanted: dict[str, dict[str, Grid]] = {}
     asked: dict[str, list[Grid]] = {}
@@ -52,7 +60,7 @@ def plan_values(ranged: Ranged, input_bits: Mapping[str, int]) -> Values:
 
     for node in reversed(ranged.graph.nodes):
         role, below = roles.get(node.name), source(node)
-        if _is_kept(node.name, ranged, roles) and role != KEEPS:
+        if _is_kept(node.name, ranged, roles) and role not in (KEEPS, SCALED):
             readers = asked.get(node.name, [])
             loose = node.name in loosely
             kept[node.name] = (
@@ -65,6 +73,14 @@ def plan_values(ranged: Ranged, input_bits: Mapping[str, int]) -> Values:
             ask(node, names, {name: _trunk(name, ranged) for name in names})
         elif role == JOIN and (parts := joined(node)):
             ask(node, parts, dict.fromkeys(parts, kept[node.name]))
+        elif role == ISLAND and found[node.name].kind == island_roles.PRODUCT:
+            names = found[node.name].reads
+            ask(node, names, {name: _measured(name, ranged, LEAST) for name in names})
+        elif role == SCALED and below:
+            factor = found[node.name].factor
+            finer = [replace(one, scale=one.scale / factor) for one in asked.get(node.name, [])]
+            asked.setdefault(below, []).extend(one for one in finer if one not in asked[below])
+            loosely |= {below} if node.name in loosely else set()
         elif role == KEEPS and below:
             asked.setdefault(below, []).extend(one for one in asked.get(node.name, []) if one not in asked[below])
             loosely |= {below} if node.name in loosely else set()
@@ -74,10 +90,18 @@ def plan_values(ranged: Ranged, input_bits: Mapping[str, int]) -> Values:
         below = source(node)
         if roles.get(node.name) == KEEPS and below:
             kept[node.name] = kept[below]
+        elif roles.get(node.name) == SCALED and below:
+            kept[node.name] = replace(kept[below], scale=kept[below].scale * found[node.name].factor)
     return Values(roles, kept, wanted)
 
 
-def _roles(ranged: Ranged, input_bits: Mapping[str, int]) -> dict[str, str]:
+def _islands(ranged: Ranged) -> dict[str, Island]:
+    """Operators that integers compute between grids, by name."""
+    found = {node.name: island_roles.island(node, ranged.graph) for node in ranged.graph.nodes}
+    return {name: one for name, one in found.items() if isinstance(one, Island)}
+
+
+def _roles(ranged: Ranged, input_bits: Mapping[str, int], islands: Mapping[str, Island]) -> dict[str, str]:
     """What makes each value that comes as integers."""
     graph = ranged.graph
     inputs = {value.name for value in graph.inputs}
@@ -100,6 +124,8 @@ def _roles(ranged: Ranged, input_bits: Mapping[str, int]) -> dict[str, str]:
             roles[node.name] = SUM
         elif (parts := joined(node)) and fits(parts, node.name):
             roles[node.name] = JOIN
+        elif node.name in islands and fits(islands[node.name].reads, node.name):
+            roles[node.name] = SCALED if islands[node.name].kind == island_roles.SCALED else ISLAND
         elif below not in roles or below is None:
             continue
         elif isinstance(window(node, graph), Window) and fits((below,), result):
@@ -108,7 +134,7 @@ def _roles(ranged: Ranged, input_bits: Mapping[str, int]) -> dict[str, str]:
             roles[node.name] = KEEPS
         elif bounds(node) and fits((below,), result):
             roles[node.name] = CLAMP
-        if node.name in roles and roles[node.name] not in (JOIN, KEEPS) and result != node.name:
+        if node.name in roles and roles[node.name] not in MADE_ELSEWHERE and result != node.name:
             taken.add(graph.users[node.name][0].name)
     return roles
 
@@ -117,7 +143,7 @@ def _is_kept(name: str, ranged: Ranged, roles: Mapping[str, str]) -> bool:
     """Whether the value is one that readers see: an integer behind which no clamp is taken along."""
     if name not in roles:
         return False
-    return roles[name] in (JOIN, KEEPS) or head(name, ranged.graph) == name
+    return roles[name] in MADE_ELSEWHERE or head(name, ranged.graph) == name
 
 
 def _grid(name: str, ranged: Ranged, asked: list[Grid], *, loose: bool) -> Grid:

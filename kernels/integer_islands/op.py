@@ -82,7 +82,7 @@ def norm_numbers(
         largest = 0.0 if tensor is None else float(tensor.abs().max()) / scale
         if not largest < 2.0**50:
             raise UsageError(
-                f"intarsia.norm_numbers: {name} reaches {largest:.3g} steps of the result, fewer than 2**50 are possible; "
+                f"intarsia.norm_numbers: {name} reaches {largest:.3g} steps of the result, below 2**50 are possible; "
                 "look for NaN and infinity in the weights, and at the calibrated range"
             )
     return reference.norm_numbers(weight, bias, scale, channels)

@@ -257,5 +257,5 @@ def test_what_does_not_fit_is_said(call: Any, message: str) -> None:
 
 @pytest.mark.parametrize(("factor", "name"), [(math.inf, "weight"), (math.nan, "weight"), (2.0**50, "weight")])
 def test_a_norm_whose_weight_is_no_number_of_steps_is_refused(factor: float, name: str) -> None:
-    with pytest.raises(UsageError, match=rf"norm_numbers: {name} reaches .* steps of the result, fewer than 2\*\*50"):
+    with pytest.raises(UsageError, match=rf"norm_numbers: {name} reaches .* steps of the result, below 2\*\*50"):
         torch.ops.intarsia.norm_numbers(torch.tensor([1.0, factor]), None, 1.0, 2)

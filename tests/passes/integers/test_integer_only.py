@@ -43,7 +43,7 @@ INTEGERS = """graph g {{
             "  %v: f32[N, 2, 16] = aten.clone(self=%s)\n"
             "  %end: i8[N, 2, 16] = intarsia.quantize_static(input=%v, scale=0.2, low=-128, high=127)",
             (
-                "%s: aten.softmax.int has no integer form",
+                "%s: aten.softmax.int is in float; integer-islands has an integer form",
                 "%v: aten.clone is computed in float: not all that it reads comes in integers",
             ),
         ),
