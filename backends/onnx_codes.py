@@ -31,6 +31,8 @@ class Form:
     Attributes:
         unsigned: As u8, plus ``zero``, by whether channels are last.
         real: As whole numbers in f32 or f64, by whether channels are last.
+        kind: Element type of ``real``.
+        open: As f32 that are neither clipped nor rounded down yet, by whether channels are last.
     """
 
     low: int
@@ -38,6 +40,8 @@ class Form:
     zero: int = 0
     unsigned: dict[bool, onnx_ir.Value] = field(default_factory=dict)
     real: dict[bool, onnx_ir.Value] = field(default_factory=dict)
+    kind: str = "f32"
+    open: dict[bool, onnx_ir.Value] = field(default_factory=dict)
 
     @property
     def is_last(self) -> bool:
@@ -90,6 +94,11 @@ class Codes:
         if form.unsigned:
             return self._turned(form.unsigned, tape, last=last), form.zero
         return (tape.op("Transpose", value, perm=LAST) if last else value), 0
+
+    def open(self, value: onnx_ir.Value, tape: Tape, *, last: bool) -> onnx_ir.Value | None:
+        """The tensor before it is clipped and rounded down, if it is there so."""
+        form = self.forms.get(value)
+        return self._turned(form.open, tape, last=last) if form and form.open else None
 
     def answer(self, form: Form, dtype: onnx_ir.DataType, tape: Tape) -> onnx_ir.Value:
         """The tensor as all operators read it, remembered with its form."""

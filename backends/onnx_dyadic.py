@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from intarsia.backends.onnx_codes import Form
-from intarsia.backends.onnx_exact import DOUBLE, SINGLE, Scaling, affine, exact_affine
+from intarsia.backends.onnx_exact import DOUBLE, SINGLE, Scaling, affine, divided, exact_affine
 from intarsia.backends.onnx_weights import Tape
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Dyadic:
                 if min(scaling.bits, scaling.saturating_bits) > DOUBLE:
                     whole = self._in_integers(x, scaling, name, tape, after=after)
                     ends = (self.constants.number("i64", end) for end in (form.low, form.high))
-                    form.real[last] = tape.op("Clip", whole, *ends)
+                    form.real[last], form.kind = tape.op("Clip", whole, *ends), "i64"
                     return
                 found = exact_affine(scaling, offset)
         real = self._affine(x, found, f"{name}.{after}.{offset}", kind, tape, after=after)
@@ -74,7 +74,37 @@ class Dyadic:
         if narrow:
             form.unsigned[last] = tape.op("Cast", real, to=int(ir.DataType.UINT8))
         else:
-            form.real[last] = tape.op("Floor", real)
+            form.real[last], form.kind = tape.op("Floor", real), kind
+
+    def opened(self, real: onnx_ir.Value, form: Form, tape: Tape, *, last: bool) -> None:
+        """Put f32 that are to be clipped and rounded down into ``form``."""
+        form.open[last] = real
+        clipped = tape.op("Clip", real, *(self.constants.number("f32", end) for end in (form.low, form.high)))
+        form.real[last] = tape.op("Floor", clipped)
+
+    def divided(self, x: onnx_ir.Value, scaling: Scaling, form: Form, tape: Tape, *, last: bool) -> bool:
+        """Whether one division and rounding gives what becomes of whole numbers ``x`` in f32, put into ``form``."""
+        if form.high + form.zero > 255 or (divisor := divided(scaling)) is None:
+            return False
+        number = self.constants.number
+        codes = tape.op("QuantizeLinear", x, number("f32", divisor), number("u8", form.zero))
+        reached = scaling.unclipped(np.stack([scaling.lowest, scaling.highest], axis=1))
+        if (reached[0, 0] < form.low and form.low + form.zero) or (
+            reached[0, 1] > form.high and form.high + form.zero < 255
+        ):
+            codes = tape.op("Clip", codes, *(number("u8", end + form.zero) for end in (form.low, form.high)))
+        form.unsigned[last] = codes
+        return True
+
+    def added_alike(self, operands: list[onnx_ir.Value], form: Form, tape: Tape, *, last: bool, open: bool) -> None:
+        """Put the sum of f32 of one grid into ``form``; where it is ``open`` it is still to be rounded down."""
+        total = tape.op("Add", *operands)
+        if open:
+            self.opened(total, form, tape, last=last)
+            form.open.clear()
+        else:
+            ends = (self.constants.number("f32", end) for end in (form.low, form.high))
+            form.real[last] = tape.op("Clip", total, *ends)
 
     def added(self, terms: list[Term], form: Form, tape: Tape, *, last: bool) -> None:
         """Put the sum of two tensors, each scaled by one dyadic number and rounded, into ``form``."""
@@ -90,7 +120,7 @@ class Dyadic:
         if narrow and kind != "i64":
             form.unsigned[last] = tape.op("Cast", total, to=int(ir.DataType.UINT8))
         else:
-            form.real[last] = total
+            form.real[last], form.kind = total, kind
 
     def _terms(self, terms: list[Term], tape: Tape) -> tuple[str, list[onnx_ir.Value]]:
         """The operands of a sum, rounded, and the element type of both."""

@@ -132,9 +132,40 @@ def affine(scaling: Scaling, offset: int) -> tuple[Array, Array] | None:
 
     if max(abs(low), abs(high)) >= SINGLE:
         return None
+    if (plain := lossless(scaling, offset)) is not None:
+        return plain
     factor, summand = exact_affine(scaling, offset)
     found = _search(scaling, computed, (factor.astype(np.float32), summand.astype(np.float32)))
     return None if found is None else (found[0], found[1])
+
+
+def lossless(scaling: Scaling, offset: int) -> tuple[Array, Array] | None:
+    """The same of numbers with so few bits behind the point that f32 holds all that is not clipped; None of others.
+
+    Also twice as far as the ends, so that an integer between them may be added before it is clipped and rounded.
+    """
+    factor, summand = exact_affine(scaling, offset)
+    ends = 2.0 * (max(abs(scaling.low), abs(scaling.high)) + abs(offset) + 1) + abs(summand).max(initial=0)
+    if ends * 2.0 ** int(scaling.shift.max(initial=1)) > SINGLE or scaling.multiplier.min(initial=1) < 1:
+        return None
+    return factor.astype(np.float32), summand.astype(np.float32)
+
+
+def divided(scaling: Scaling) -> float | None:
+    """The f32 by which a tensor's integers, divided and rounded half to even, are what is defined; None if none is.
+
+    As QuantizeLinear divides. What is clipped is not looked at beyond the ends.
+    """
+    span = int((scaling.highest - scaling.lowest).max(initial=0))
+    if len(scaling.lowest) > 1 or span > EVERY or scaling.bias.any() or scaling.multiplier.min(initial=1) < 1:
+        return None
+
+    def computed(part: Scaling, x: Array, divisor: Array) -> Array:
+        return np.clip(np.rint(x.astype(np.float32) / divisor), part.low, part.high).astype(np.int64)
+
+    whole = 1 / np.ldexp(scaling.multiplier.astype(np.float64), -scaling.shift)
+    found = _search(scaling, computed, (whole.astype(np.float32),))
+    return None if found is None else float(found[0][0])
 
 
 def exact_affine(scaling: Scaling, offset: int) -> tuple[Array, Array]:

@@ -17,8 +17,8 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from intarsia.backends.onnx_codes import Codes, Form
-from intarsia.backends.onnx_dyadic import Dyadic
-from intarsia.backends.onnx_exact import Scaling, whole_scale
+from intarsia.backends.onnx_dyadic import Dyadic, Term
+from intarsia.backends.onnx_exact import SINGLE, Scaling, lossless, whole_scale
 from intarsia.backends.onnx_products import Input, Products, Weight
 from intarsia.backends.onnx_weights import Tape, Weights, constant, value_of
 
@@ -58,7 +58,10 @@ class IntegerWeights(Weights):
         weight, input = self._weight(node), self._input(node, tape, last=False)
         scaling = self._layer(node, weight, input)
         form = self.dyadic.result(scaling)
-        self._finish(node, tape, self.products.linear(input, weight, tape), scaling, form, after=0, last=False)
+        if (numbers := self._lossless(node, scaling, form)) is not None:
+            self.dyadic.opened(self.products.linear(input, weight, tape, numbers), form, tape, last=False)
+        else:
+            self._finish(node, tape, self.products.linear(input, weight, tape), scaling, form, after=0, last=False)
         return self.codes.answer(form, _dtype(node), tape)
 
     def convolution(self, node: onnx_ir.Node, tape: Tape) -> onnx_ir.Value:
@@ -74,8 +77,13 @@ class IntegerWeights(Weights):
             codes = self.products.whole_convolution(input, weight, tape, **window, groups=groups)
             form.unsigned[False] = self._clipped(codes, form, tape)
         elif groups == 1 and weight.codes.shape[1] >= FEW_CHANNELS:
+            numbers = self._lossless(node, scaling, form)
+            window["numbers"] = numbers
             total = self.products.patches(self._input(node, tape, last=True), weight, tape, **window)
-            self._finish(node, tape, total, scaling, form, after=0, last=True)
+            if numbers is not None:
+                self.dyadic.opened(total, form, tape, last=True)
+            else:
+                self._finish(node, tape, total, scaling, form, after=0, last=True)
         else:
             input = self._input(node, tape, last=False)
             total = self.products.convolution(input, weight, tape, **window, groups=groups)
@@ -95,7 +103,9 @@ class IntegerWeights(Weights):
         low, high = self.codes.ends(input)
         scaling = Scaling.of(b, c, -zero, (low + zero, high + zero), _ends(node))
         form = self.dyadic.result(scaling)
-        self.dyadic.scaled(whole, scaling, form, _names(node, 1, 2), tape, after=after, last=last)
+        real = self._is_single(input) and not zero
+        if not (real and self.dyadic.divided(whole, scaling, form, tape, last=last)):
+            self.dyadic.scaled(whole, scaling, form, _names(node, 1, 2), tape, after=after, last=last)
         return self.codes.answer(form, _dtype(node), tape)
 
     def added(self, node: onnx_ir.Node, tape: Tape) -> onnx_ir.Value:
@@ -111,8 +121,29 @@ class IntegerWeights(Weights):
             terms.append((whole, Scaling.of(b, c, -zero, reach, (0, 0)), _names(node, index, index + 1)))
         low, high = _ends(node)
         form = Form(low, high, max(0, -low))
-        self.dyadic.added(terms, form, tape, last=last)
+        if not self._added_alike(operands, terms, form, tape, last=last):
+            self.dyadic.added(terms, form, tape, last=last)
         return self.codes.answer(form, _dtype(node), tape)
+
+    def _added_alike(
+        self, operands: list[onnx_ir.Value], terms: list[Term], form: Form, tape: Tape, *, last: bool
+    ) -> bool:
+        """Whether both operands and the sum are on one grid, in f32, so that they are simply added."""
+        ends = [self.codes.ends(one) for one in operands]
+        alike = all((scaling.multiplier == 1 << scaling.shift).all() for _, scaling, _ in terms)
+        largest = sum(max(-low, high) for low, high in ends)
+        if not alike or largest >= SINGLE or form.high + form.zero <= 255 or not all(map(self._is_single, operands)):
+            return False
+        values = [whole for whole, _, _ in terms]
+        for index, (operand, other) in enumerate(zip(operands, reversed(ends), strict=True)):
+            real, own = self.codes.open(operand, tape, last=last), ends[index]
+            # What the operand's own ends clip off is beyond the sum's ends too.
+            if real is not None and own[1] + other[0] >= form.high and own[0] + other[1] <= form.low:
+                values[index] = real
+                self.dyadic.added_alike(values, form, tape, last=last, open=True)
+                return True
+        self.dyadic.added_alike(values, form, tape, last=last, open=False)
+        return True
 
     def averaged(self, node: onnx_ir.Node, tape: Tape) -> onnx_ir.Value:
         """Sums over windows of (N, C, H, W), times a dyadic number."""
@@ -183,6 +214,18 @@ class IntegerWeights(Weights):
         if bias.const_value is None:
             return Scaling.of(b, c, 0, (-(1 << 31), (1 << 31) - 1), _ends(node))
         return Scaling.of(b, c, bias.const_value.numpy(), weight.reach(input), _ends(node))
+
+    def _lossless(self, node: onnx_ir.Node, scaling: Scaling, form: Form) -> Any:
+        """Factors and summands f32 that lose nothing; None where there are none, or u8 holds the result."""
+        bias = self._bias(node)
+        if (bias is not None and bias.const_value is None) or form.high + form.zero <= 255:
+            return None
+        return lossless(scaling, 0)
+
+    def _is_single(self, value: onnx_ir.Value) -> bool:
+        """Whether the tensor is there as whole numbers in f32."""
+        form = self.codes.forms.get(value)
+        return form is not None and bool(form.real) and form.kind == "f32"
 
     def _whole(self, node: onnx_ir.Node, scaling: Scaling, form: Form) -> Any:
         """Factors of an operator that multiplies and requantizes at once; None if there are none."""

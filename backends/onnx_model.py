@@ -18,7 +18,7 @@ import torch
 
 from intarsia.backends.onnx_fusion import fuse
 from intarsia.backends.onnx_lowering import decomposed, lower
-from intarsia.backends.onnx_operators import OPSET
+from intarsia.backends.onnx_operators import OPSET, RUNTIME
 from intarsia.backends.onnx_repairs import widen_integers, widen_selections
 from intarsia.backends.onnx_sparse import RuntimeWeights, spellings
 from intarsia.backends.onnx_weights import Weights
@@ -62,6 +62,7 @@ def onnx_model(program: Program, dialect: Dialect | None = None) -> onnx_ir.Mode
     _name_calls(exported, fused.graph)
     model = _translate(decomposed(exported, dialect.translations()), fused.graph, dialect)
     dialect.weights(model.graph, fused.graph).store()
+    model.opset_imports.update({node.domain: 1 for node in model.graph if node.domain == RUNTIME})
     widen_selections(model.graph)
     widen_integers(model.graph)
     _name_values(model, fused.graph)

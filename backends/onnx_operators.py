@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from intarsia.backends.onnx_tokens import index_copy
+
 POSITIONS = "intarsia_onnx.positions"
 ROTARY = "intarsia_onnx.rotary"
 ATTENTION = "intarsia_onnx.attention"
+
+RUNTIME = "com.microsoft"
+"""Domain of the operators that ONNX Runtime adds to ONNX's own."""
 
 DOMAIN = "intarsia"
 """Of the calls that ``onnx_model`` replaces; none is left in a file."""
@@ -102,6 +107,7 @@ def translations() -> Mapping[Callable[..., Any], Callable[..., Any]]:
         torch.ops.intarsia_onnx.attention.default: _attention,
         torch.ops.intarsia.attention.default: _attention_of_lengths,
         torch.ops.aten.scaled_dot_product_attention.default: _attention_of_heads,
+        torch.ops.aten.index_copy.default: index_copy,
         torch.ops.aten.linear.default: _linear,
         torch.ops.intarsia.linear_i8.default: _linear_i8,
         torch.ops.intarsia.linear_i4.default: _linear_i4,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from intarsia.backends.onnx_exact import SINGLE
+from intarsia.backends.onnx_operators import RUNTIME
 from intarsia.backends.onnx_weights import Tape
 from intarsia.kernels.integer_weights.sums import reach
 
@@ -69,10 +70,12 @@ class Products:
     def __init__(self, constants: Any) -> None:
         self.constants = constants
 
-    def linear(self, input: Input, weight: Weight, tape: Tape) -> onnx_ir.Value:
-        """Input (..., C) times weight (R, C) transposed: i32 (..., R)."""
+    def linear(
+        self, input: Input, weight: Weight, tape: Tape, numbers: tuple[Array, Array] | None = None
+    ) -> onnx_ir.Value:
+        """Input (..., C) times weight (R, C) transposed: i32 (..., R); times and plus ``numbers`` f32 (R) if given."""
         return self._matrix(
-            input, input.value, weight, tape, shape=weight.codes.shape[::-1], laid=lambda codes: codes.T
+            input, input.value, weight, tape, numbers, shape=weight.codes.shape[::-1], laid=lambda codes: codes.T
         )
 
     def patches(
@@ -84,8 +87,12 @@ class Products:
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
+        numbers: tuple[Array, Array] | None = None,
     ) -> onnx_ir.Value:
-        """Input (N, H, W, C) with weight (O, C, kh, kw), a product of what lies under each tap: i32 (N, H', W', O)."""
+        """Input (N, H, W, C) with weight (O, C, kh, kw), a product of what lies under each tap: i32 (N, H', W', O).
+
+        Times and plus ``numbers`` f32 (O) if given.
+        """
         outputs, channels, *taps = weight.codes.shape
         pixels = input.value
         if any(padding):
@@ -97,7 +104,7 @@ class Products:
         def laid(codes: Array) -> Array:
             return codes.transpose(2, 3, 1, 0).reshape(shape)
 
-        return self._matrix(input, found, weight, tape, shape=shape, laid=laid)
+        return self._matrix(input, found, weight, tape, numbers, shape=shape, laid=laid)
 
     def convolution(
         self,
@@ -186,17 +193,44 @@ class Products:
         rows: onnx_ir.Value,
         weight: Weight,
         tape: Tape,
+        numbers: tuple[Array, Array] | None,
         *,
         shape: tuple[int, ...],
         laid: Callable[[Array], Array],
     ) -> onnx_ir.Value:
         zero = self.constants.number("u8", input.zero)
+        if numbers is not None:
+            return self._scaled_matrix(input, rows, weight, tape, numbers, shape=shape, laid=laid)
         if weight.is_signed_for(input):
             matrix = self._signed(weight, shape, laid, tape)
             return tape.op("MatMulInteger", rows, matrix, *([zero] if input.zero else []))
         return tape.op(
             "MatMulInteger", rows, self._unsigned(weight, shape, laid), zero, self.constants.number("u8", 128)
         )
+
+    def _scaled_matrix(
+        self,
+        input: Input,
+        rows: onnx_ir.Value,
+        weight: Weight,
+        tape: Tape,
+        numbers: tuple[Array, Array],
+        *,
+        shape: tuple[int, ...],
+        laid: Callable[[Array], Array],
+    ) -> onnx_ir.Value:
+        """Sums times factors plus summands in f32, while they are at hand: ONNX Runtime's own operator."""
+        number = self.constants.number
+        if weight.is_signed_for(input):
+            codes, zero = self._signed(weight, shape, laid, tape), number("i8", 0)
+        else:
+            codes, zero = self._unsigned(weight, shape, laid), number("u8", 128)
+        factor, summand = (
+            self.constants.array(f"{weight.value.name}.{key}", one)
+            for key, one in zip(("factor", "summand"), numbers, strict=True)
+        )
+        operands = [rows, codes, number("f32", 1.0), factor, number("u8", input.zero), zero, summand]
+        return tape.op("MatMulIntegerToFloat", *operands, domain=RUNTIME)
 
     def _unsigned(self, weight: Weight, shape: tuple[int, ...], laid: Callable[[Array], Array]) -> onnx_ir.Value:
         """The codes plus 128, ``laid`` out as ``shape``: u8."""

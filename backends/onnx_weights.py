@@ -111,11 +111,11 @@ class Tape:
         self.replaced = node
         self.nodes: list[onnx_ir.Node] = []
 
-    def op(self, op_type: str, *inputs: onnx_ir.Value, **attributes: Any) -> onnx_ir.Value:
+    def op(self, op_type: str, *inputs: onnx_ir.Value, domain: str = "", **attributes: Any) -> onnx_ir.Value:
         """The output of one more node."""
         import onnx_ir as ir
 
-        node = ir.node(op_type, inputs, attributes or None)
+        node = ir.node(op_type, inputs, attributes or None, domain=domain)
         node.metadata_props.update(self.replaced.metadata_props)
         self.nodes.append(node)
         return node.outputs[0]

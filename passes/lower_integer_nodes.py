@@ -205,15 +205,13 @@ class Emitter:
     def _exact(
         self, name: str, numbers: dict[str, Arg], weight: Value | None, bias: Arg, grid: Grid, clip: dict[str, Arg]
     ) -> tuple[list[Node], dict[str, Arg]]:
-        """Numbers near those given that f32 multiplies by exactly, where results have eight bits, and the call for it.
+        """Numbers near those given that f32 multiplies by exactly, and the call that finds them.
 
         ``grid`` is that of the integers that are multiplied, by the ``weight`` or by nothing.
         """
         low, high = clip["low"], clip["high"]
         assert isinstance(low, int)
         assert isinstance(high, int)
-        if integer_dtype(low, high) != "i8":
-            return [], numbers
         channels = weight.type.shape[0] if weight and isinstance(weight.type, TensorType) else 1
         made = tuple(
             Value(self._fresh(f"{name}.exact.{key}"), TensorType("i32", (channels,))) for key in ("multiplier", "shift")

@@ -11,9 +11,10 @@ from intarsia.ir.plan import Choices, Chosen
 from intarsia.ir.rewrite import fresh, renamed
 from intarsia.ir.target import Target
 from intarsia.passes.base import Pass
-from intarsia.passes.quantize_integer_grids import Grid
-from intarsia.passes.quantize_integer_layers import BITS, KEEP, places
+from intarsia.passes.quantize_integer_grids import TRUNK, Grid
+from intarsia.passes.quantize_integer_layers import BITS, KEEP, head, places
 from intarsia.passes.quantize_integer_ranges import Ranged, take_ranges
+from intarsia.passes.quantize_integer_trunk import grain
 from intarsia.passes.quantize_integer_values import MADE_ELSEWHERE, Values, plan_values
 
 
@@ -128,6 +129,9 @@ class _Rewriting:
         args = {**node.args, "input": Ref(self._on(name, onto))}
         weight = self._value(f"{node.name}.w{bits}", node.ref("weight"))
         rounding: dict[str, Arg] = {"weight": node.args["weight"], "bits": bits}
+        result = self.values.kept.get(head(node.name, self.ranged.graph))
+        if result and result.bits == TRUNK:
+            rounding["grain"] = grain(onto, result)
         self.nodes.append(Node("intarsia.fake_quantize_channels", rounding, (weight,), node.source))
         args["weight"] = Ref(weight.name)
         if isinstance(bias := node.args.get("bias"), Ref):

@@ -85,13 +85,13 @@ def largest_code(bits: int) -> int:
 
 
 def why_sum_overflows(node: Node, graph: Graph, *, weight_bits: int, largest: int) -> str | None:
-    """Why int32 may not hold the layer's sum of products with codes up to ``largest``, and a bias; None if it does."""
+    """Why int32 may not hold a layer's sum of products with codes up to ``largest`` and a bias; None if it does."""
     terms = prod(int(extent) for extent in graph.type(node.ref("weight")).shape[1:])
     if terms * 2 ** (weight_bits - 1) * largest <= LARGEST_PRODUCTS:
         return None
     return (
-        f"a sum of {terms:,} products of {weight_bits}-bit weights and codes up to {largest} leaves no room for a bias in "
-        f"int32; {LARGEST_PRODUCTS // (2 ** (weight_bits - 1) * largest):,} fit, split the layer or use fewer bits"
+        f"a sum of {terms:,} products of {weight_bits}-bit weights and codes up to {largest} leaves no room for a "
+        f"bias in int32; {LARGEST_PRODUCTS // (2 ** (weight_bits - 1) * largest):,} fit, split the layer or use fewer bits"
     )
 
 

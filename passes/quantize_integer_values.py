@@ -12,6 +12,7 @@ from intarsia.passes.quantize_integer_grids import TRUNK, Grid, grid, why_no_gri
 from intarsia.passes.quantize_integer_layers import head
 from intarsia.passes.quantize_integer_ranges import Ranged
 from intarsia.passes.quantize_integer_roles import Window, addends, bounds, joined, keeps_grid, source, window
+from intarsia.passes.quantize_integer_trunk import trunk_grids
 
 LEAST = 8
 """Bits of a value that something reads besides products: averages and operators in float."""
@@ -41,9 +42,10 @@ class Values:
 def plan_values(ranged: Ranged, input_bits: Mapping[str, int], *, islands: bool = False) -> Values:
     """The grids of all integers when the layers in ``input_bits`` read inputs of so many bits.
 
-    A sum is on the 16-bit trunk, and so are its operands; what is concatenated is on one grid; a value that several
-    want otherwise is kept in the widest form and requantized for each. With ``islands``, results of functions, softmax
-    and norms are on grids too, and products of two activations, which read 8 bits. Source: HAWQ-V3, equations 7 and 18.
+    A sum is on the 16-bit trunk, and so are its operands, all on one grid; what is concatenated is on one grid too; a
+    value that several want otherwise is kept in the widest form and requantized for each. With ``islands``, results of
+    functions, softmax and norms are on grids too, and products of two activations, which read 8 bits. Source: HAWQ-V3,
+    equations 7 and 18.
     """
     found = _islands(ranged) if islands else {}
     roles = _roles(ranged, input_bits, found)
@@ -51,6 +53,9 @@ def plan_values(ranged: Ranged, input_bits: Mapping[str, int], *, islands: bool 
     wanted: dict[str, dict[str, Grid]] = {}
     asked: dict[str, list[Grid]] = {}
     loosely = {name for name in ranged.graph.outputs if name in roles}
+
+    sums = [node.name for node in ranged.graph.nodes if roles.get(node.name) == SUM and addends(node, ranged.graph)]
+    trunk = trunk_grids(ranged, sums)
 
     def ask(node: Node, names: tuple[str, ...], grids: Mapping[str, Grid]) -> None:
         wanted[node.name] = dict(grids)
@@ -63,14 +68,12 @@ def plan_values(ranged: Ranged, input_bits: Mapping[str, int], *, islands: bool 
         if _is_kept(node.name, ranged, roles) and role not in (KEEPS, SCALED):
             readers = asked.get(node.name, [])
             loose = node.name in loosely
-            kept[node.name] = (
-                _trunk(node.name, ranged) if role == SUM else _grid(node.name, ranged, readers, loose=loose)
-            )
+            kept[node.name] = trunk[node.name] if role == SUM else _grid(node.name, ranged, readers, trunk, loose=loose)
         if node.name in input_bits:
             name = node.ref("input")
             ask(node, (name,), {name: _measured(name, ranged, input_bits[node.name])})
         elif role == SUM and (names := addends(node, ranged.graph)):
-            ask(node, names, {name: _trunk(name, ranged) for name in names})
+            ask(node, names, {name: trunk[name] for name in names})
         elif role == JOIN and (parts := joined(node)):
             ask(node, parts, dict.fromkeys(parts, kept[node.name]))
         elif role == ISLAND and found[node.name].kind == island_roles.PRODUCT:
@@ -146,17 +149,13 @@ def _is_kept(name: str, ranged: Ranged, roles: Mapping[str, str]) -> bool:
     return roles[name] in MADE_ELSEWHERE or head(name, ranged.graph) == name
 
 
-def _grid(name: str, ranged: Ranged, asked: list[Grid], *, loose: bool) -> Grid:
+def _grid(name: str, ranged: Ranged, asked: list[Grid], trunk: Mapping[str, Grid], *, loose: bool) -> Grid:
     """The grid for a value of which readers ask these, and ``loose``: others read it too, which take any."""
     if len(asked) == 1 and not loose:
         return asked[0]
     least = LEAST if loose or len(asked) > 1 else 0
     bits = max([least, *(one.bits for one in asked)]) if asked else TRUNK
-    return _measured(name, ranged, bits)
-
-
-def _trunk(name: str, ranged: Ranged) -> Grid:
-    return _measured(name, ranged, TRUNK)
+    return trunk[name] if bits == TRUNK and name in trunk else _measured(name, ranged, bits)
 
 
 def _measured(name: str, ranged: Ranged, bits: int) -> Grid:

@@ -13,7 +13,6 @@ from intarsia.ir.target import Target
 from intarsia.kernels import limits
 from intarsia.kernels.base import Work, moved_bytes
 from intarsia.kernels.integer_weights import reference
-from intarsia.kernels.integer_weights.sums import NARROW
 
 OPS = ("intarsia.quantize_channels", "intarsia.dyadic", "intarsia.exact_dyadic", "intarsia.quantize_bias")
 
@@ -83,8 +82,8 @@ def exact_dyadic(
 ) -> tuple[Tensor, Tensor]:
     """Multiplier i32 (O) and shift i32 (O) for weight i8 (O, ...) and bias i32 (O): the same, moved by 1.2e-4 at most.
 
-    So that f32 and halves to even give results low..high, of eight bits at most, of all sums that the weight makes of
-    integers input_low..input_high; of these integers themselves where there is no weight.
+    So that f32 and halves to even give results low..high of eight bits of all sums that the weight makes of integers
+    input_low..input_high, of these integers themselves where there is no weight; for wider results, with fewer bits.
     """
     return reference.exact_dyadic(multiplier, shift, weight, bias, input_low, input_high, low, high)
 
@@ -103,7 +102,7 @@ def _(
     channels = multiplier.shape[0] if weight is None else weight.shape[0]
     limits.check_dyadic("exact_dyadic", multiplier, shift, channels)
     torch._check(input_low <= input_high, lambda: f"exact_dyadic: inputs rise, found {input_low} to {input_high}")
-    torch._check(low < high <= low + NARROW, lambda: f"exact_dyadic: results have 8 bits, found {low} to {high}")
+    limits.result_dtype("exact_dyadic", low, high)
     return torch.empty_like(multiplier), torch.empty_like(shift)
 
 
@@ -128,7 +127,7 @@ def why_not(node: Node, graph: Graph, target: Target) -> str | None:
         case "intarsia.dyadic":
             return limits.dtype(node, "scale", "f32", graph) or limits.positive(node, "factor")
         case "intarsia.exact_dyadic":
-            return limits.dyadic(node, graph) or limits.ends(node, widest=8)
+            return limits.dyadic(node, graph) or limits.ends(node)
         case _:
             reason = limits.floating(node, "bias", graph) or limits.dtype(node, "scale", "f32", graph)
             return reason or limits.positive(node, "input_scale")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from intarsia.kernels.fake_quantize.reference import channel_scale
-from intarsia.kernels.integer_weights.sums import Array, borders, countable, exactly, in_floats, reach
+from intarsia.kernels.integer_weights.sums import NARROW, Array, borders, countable, exactly, in_floats, reach
 
 LARGEST = 2**31 - 1
 """Of int32."""
@@ -20,6 +20,12 @@ GRAIN = 1 << 7
 
 STRIDE = 1 << 12
 """Between two multipliers that are tried; 31 of them are 1.2e-4 of the smallest."""
+
+COARSE = 1 << 11
+"""A multiplier of 31 bits that is a multiple of it has 20 bits."""
+
+FRACTION_BITS = 7
+"""Behind the point of a number that f32 multiplies by to 16 bits, and may still add a bias."""
 
 TRIES = 63
 """Multipliers that are tried; 29 were enough of 240 whose results saturate at sums of 2**19 (docs/decisions/012)."""
@@ -74,9 +80,13 @@ def exact_dyadic(
 
     channel with which rounding (sum + bias) * multiplier / 2**shift in f32, halves to even, is what is defined for
     every sum that ``weight`` i8 (O, ...) makes of integers input_low..input_high, or for these integers themselves.
-    The given number where none of those tried is one. Why: docs/decisions/012-integer-forms.md.
+    The given number where none of those tried is one. Results of more than eight bits have the nearest number of 20
+    bits, if it has at most ``FRACTION_BITS`` behind the point. Why: docs/decisions/012-integer-forms.md.
     """
     b, c = (one.cpu().numpy().astype(np.int64) for one in (multiplier, shift))
+    if high - low > NARROW:
+        b, c = _short(b, c)
+        return torch.from_numpy(b).to(multiplier), torch.from_numpy(c).to(shift)
     added = np.int64(0) if bias is None else bias.cpu().numpy().astype(np.int64)
     alone = np.full_like(b, input_low), np.full_like(b, input_high)
     sums = alone if weight is None else reach(weight.cpu().numpy(), input_low, input_high)
@@ -91,6 +101,15 @@ def exact_dyadic(
         found[open_[good]] = near[good]
         open_ = open_[~good]
     return torch.from_numpy(found).to(multiplier), shift.clone()
+
+
+def _short(multiplier: Array, shift: Array) -> tuple[Array, Array]:
+    """Those of the numbers in 20 bits that have few bits behind the point then."""
+    near = (multiplier + COARSE // 2) // COARSE * COARSE
+    whole = (near << FRACTION_BITS) % (np.int64(1) << shift) == 0
+    full = whole & (near == 1 << 31) & (shift > 1)
+    near, shift = np.where(full, 1 << 30, near), shift - full
+    return np.where(whole & (near < 1 << 31), near, multiplier), shift
 
 
 def _is_exact(multiplier: Array, shift: Array, reached: tuple[Array, Array], low: int, high: int) -> Array:

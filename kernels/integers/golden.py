@@ -124,7 +124,7 @@ def dequantize_static(input: Array, scale: float) -> Array:
 def quantize_channels(weight: Array, bits: int, grain: float = 0.0) -> tuple[Array, Array]:
     """``weight`` (O, ...) as codes i8 of ``bits`` bits, rounded half to even, and a step for each channel, f32 (O).
 
-    The step is the largest magnitude, 1 where there is none, over the largest code; with a ``grain``, its next multiple.
+    The step is the largest magnitude, 1 where there is none, over the largest code; or ``grain``'s next multiple.
     """
     largest = 2 ** (bits - 1) - 1
     real = weight.astype(np.float32)
@@ -158,8 +158,11 @@ def exact_dyadic(
     """The first of 63 multipliers of 24 bits, from ``multiplier`` outwards by 2**12, with which f32 gives what is
 
     defined of every sum that ``weight`` (O, ...) makes of integers input_low..input_high, plus ``bias``; or of these
-    integers themselves. Where none does, ``multiplier``.
+    integers themselves. Where none does, ``multiplier``. For results beyond 8 bits, the nearest of 20 bits if it has at
+    most 7 behind the point.
     """
+    if high - low > 255:
+        return _short(multiplier, shift)
     found = multiplier.copy()
     ends = min(input_low, 0), max(input_high, 0)
     for row, (b, c) in enumerate(zip(multiplier.tolist(), shift.tolist(), strict=True)):
@@ -211,6 +214,18 @@ def _dyadic(real: float) -> tuple[int, int]:
     if multiplier < 0 or shift < 1:
         raise OverflowError(f"{real} is no dyadic number of 31 bits with a shift of 1 to 62")
     return multiplier, shift
+
+
+def _short(multiplier: Array, shift: Array) -> tuple[Array, Array]:
+    """The nearest numbers of 20 bits, where they are whole multiples of 2**-7."""
+    pairs = []
+    for b, c in zip(multiplier.tolist(), shift.tolist(), strict=True):
+        near = Fraction((b + 2**10) // 2**11 * 2**11, 2**c)
+        whole = (near * 2**7).denominator == 1
+        fits = [one for one in (c, c - 1) if one > 0 and near * 2**one < 2**31] if whole else []
+        pairs.append((int(near * 2 ** fits[0]), fits[0]) if fits else (b, c))
+    found = np.array(pairs, np.int32).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
 
 
 def _f32_is_exact(multiplier: int, shift: int, reached: tuple[int, int], low: int, high: int) -> bool:

@@ -128,6 +128,10 @@ def chosen() -> Iterator[dict[str, Any]]:
         yield {**given_, "weight": weight, "bias": bias, "input_low": 0, "input_high": 127}
         yield {**given_, "weight": weight, "bias": None, "input_low": -128, "input_high": 127}
         yield {**given_, "weight": None, "bias": None, "input_low": 0, "input_high": 32767}
+    few = torch.tensor([2**30, 2**31 - 1, 3 << 29, 129 << 23, (129 << 23) + 500, (129 << 23) + 5000]).int()
+    for wide in (30, 31, 38, 39):
+        whole = {"multiplier": few, "shift": torch.full((6,), wide, dtype=torch.int32), "weight": None, "bias": None}
+        yield {**whole, "input_low": -128, "input_high": 127, "low": -32768, "high": 32767}
 
 
 CASES: Mapping[str, Any] = {
