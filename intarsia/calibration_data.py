@@ -19,6 +19,7 @@ from intarsia.ir.graph import Graph, Value
 from intarsia.ir.operators import DTYPES
 from intarsia.ir.sizes import Dim, names, solve
 from intarsia.ir.types import TensorType
+from intarsia.passes.calibrate import places
 
 SAMPLES_A_CALL = 16
 """Samples of one call where the graph leaves their number open."""
@@ -62,6 +63,8 @@ def read(data: str, graph: Graph, *, limit: int, seed: int = 0, scaling: Scaling
         calls = max(1, limit // each)
         return Batches(None, lambda: _varied(islice(_yielded(data, graph), calls), data))
     path = Path(data)
+    if not path.exists():
+        raise UsageError(f"--data {data}: there is no such file or folder")
     if not path.is_dir() and path.suffix.lower() not in ARRAYS:
         raise UsageError(f"--data {data}: expected a folder, an .npy or .npz file, or loader.py:function")
     least, most = _samples_a_call(graph)
@@ -69,13 +72,13 @@ def read(data: str, graph: Graph, *, limit: int, seed: int = 0, scaling: Scaling
         told = ", ".join(f"%{value.name} {value.type}" for value in graph.inputs)
         raise UsageError(f"--data {data}: {told}: first axes that differ are no samples; use loader.py:function")
     files = files_in(path) if path.is_dir() else [path]
-    places = [(file, row) for file in files for row in range(count(file, graph))]
-    drawn = sorted(random.Random(seed).sample(range(len(places)), min(limit, len(places))))
+    rows = [(file, row) for file in files for row in range(count(file, graph))]
+    drawn = sorted(random.Random(seed).sample(range(len(rows)), min(limit, len(rows))))
     whole, rest = divmod(len(drawn), most)
     calls, taken = (whole + 1, len(drawn)) if rest >= least else (whole, whole * most)
     if not calls:
         raise UsageError(f"--data {data}: {len(drawn)} samples to take; one call of {graph.name} takes {least}")
-    chosen = [places[index] for index in drawn[:taken]]
+    chosen = [rows[index] for index in drawn[:taken]]
     return Batches(calls, lambda: _varied(_stacked(_items(chosen, graph, scaling), graph, most), data))
 
 
@@ -112,24 +115,32 @@ def _stacked(items: Iterator[Item], graph: Graph, each: int) -> Iterator[Batch]:
 
 
 def _yielded(data: str, graph: Graph) -> Iterator[Batch]:
-    """Calls as a user's function gives them, a first axis of 1 put in front where only that is missing."""
+    """Calls as a user's function gives them."""
     found = registry.function_from_file(data, kind="data")
-    for number, one in enumerate(_told(found, data)):
-        where = f"--data {data}, item {number}"
-        parts = one if isinstance(one, tuple | list) else (one,)
-        if not all(isinstance(part, Tensor) for part in parts):
-            kinds = ", ".join(type(part).__name__ for part in parts)
-            raise UsageError(f"{where}: is {kinds}; expected a tensor, or a tuple of tensors")
-        if len(parts) != len(graph.inputs):
-            raise UsageError(f"{where}: has {len(parts)} tensors; the graph takes {len(graph.inputs)}")
-        whole = [
-            part[None] if part.ndim == len(_type(value).shape) - 1 else part
-            for part, value in zip(parts, graph.inputs, strict=True)
-        ]
-        yield _sized(_checked(whole, graph, where, skipped=0), graph, where)
+    for number, one in enumerate(from_function(found, data)):
+        yield one_call(one if isinstance(one, tuple | list) else (one,), graph, f"--data {data}, item {number}")
 
 
-def _told(function: Callable[[], object], data: str) -> Iterator[object]:
+def one_call(parts: Sequence[object], graph: Graph, where: str) -> Batch:
+    """The inputs of one call as a user gives them, a first axis of 1 put in front where only that is missing.
+
+    Raises:
+        UsageError: They are not what the graph takes; one line that begins with ``where``.
+    """
+    if not all(isinstance(part, Tensor) for part in parts):
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise UsageError(f"{where}: is {kinds}; expected a tensor, or a tuple of tensors")
+    if len(parts) != len(graph.inputs):
+        raise UsageError(f"{where}: has {len(parts)} tensors; the graph takes {len(graph.inputs)}")
+    whole = [
+        part[None] if part.ndim == len(_type(value).shape) - 1 else part
+        for part, value in zip(cast("Sequence[Tensor]", parts), graph.inputs, strict=True)
+    ]
+    return _sized(_checked(whole, graph, where, skipped=0), graph, where)
+
+
+def from_function(function: Callable[[], object], data: str) -> Iterator[object]:
+    """What a user's function gives, one item after the other; UsageError for whatever it raises."""
     try:
         found = function()
         if not isinstance(found, Iterable):
@@ -157,8 +168,9 @@ def _checked(tensors: Sequence[Tensor], graph: Graph, where: str, *, skipped: in
         if tensor.is_floating_point() != dtype.is_floating_point:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UsageError(f"{where}: {value.name} holds {kind}; the graph takes {type_}, as the network reads it")
-        if torch.isnan(tensor).any():
-            raise UsageError(f"{where}: {value.name} holds NaN; leave that sample out, or mend it")
+        if torch.isnan(tensor).any() or (torch.isinf(tensor).any() and value.name in places(graph)):
+            kind = "NaN" if torch.isnan(tensor).any() else "infinity"
+            raise UsageError(f"{where}: {value.name} holds {kind}; leave that sample out, or mend it")
         found.append(tensor.detach().to("cpu", dtype))
     return tuple(found)
 

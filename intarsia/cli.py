@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from intarsia import cli_calibrate, cli_solve, configuration, outputs, terminal
+from intarsia import cli_calibrate, cli_finetune, cli_solve, configuration, outputs, terminal
 from intarsia.backends.writing import new_file
 from intarsia.ir.errors import MissingEnvironment, UsageError
 from intarsia.ir.registry import unknown
@@ -41,6 +41,8 @@ class Verbs(TyperGroup):
         except KeyboardInterrupt:
             if ctx.invoked_subcommand in _RESUMABLE:
                 saved = f"what was measured is kept in {terminal.cache_folder()}; the same command goes on from there"
+            elif ctx.invoked_subcommand == "finetune":
+                saved = "the last checkpoint stays in the folder of -o; the same command goes on from there"
             else:
                 saved = "nothing was written under the final name; the same command starts over"
             raise terminal.Interrupted(saved) from None
@@ -494,6 +496,7 @@ def optimize(
 
 
 app.command()(cli_calibrate.calibrate)
+app.command()(cli_finetune.finetune)
 app.add_typer(cli_solve.app, name="solve")
 
 

@@ -47,7 +47,7 @@ def calibrate(
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Measure the ranges of activations on your data, batch norms folded; write them as a plan."""
-    scaling = _scaling(mean, std)
+    scaling = scaling_of(mean, std)
     outputs.check_output_file(output)
     from intarsia import progress, summaries
     from intarsia.calibration_flow import calibrated
@@ -78,7 +78,8 @@ def calibrate(
     terminal.say(f"reproduce: {configuration.command(ctx, output=output)}")
 
 
-def _scaling(mean: str | None, std: str | None) -> Scaling | None:
+def scaling_of(mean: str | None, std: str | None) -> Scaling | None:
+    """The scaling of pictures that ``--mean`` and ``--std`` ask for, None without both; UsageError for one alone."""
     from intarsia.calibration_files import Scaling
 
     if mean is None and std is None:

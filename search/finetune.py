@@ -64,15 +64,17 @@ class Recipe:
             raise UsageError(f"optimizer {self.optimizer!r} is unknown. Known: {', '.join(OPTIMIZERS)}")
         if self.steps < 1 or self.calls < 1:
             raise UsageError(f"fine-tuning: {self.steps} steps of {self.calls} calls; it takes one of each or more")
+        if not 0 <= self.warm_up < 1:
+            raise UsageError(f"fine-tuning: warm_up is {self.warm_up}; it is a share of the steps, below 1")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise UsageError(f"fine-tuning: the learning rate is {self.learning_rate}; it is above 0")
 
     def rate(self, step: int) -> float:
         """The learning rate of the step of this number, from 0."""
-        share = (step + 1) / self.steps
+        share = (step + 0.5) / self.steps
         if share < self.warm_up:
             return self.learning_rate * share / self.warm_up
-        return self.learning_rate * (1 + math.cos(math.pi * (share - self.warm_up) / (1 - self.warm_up + 1e-9))) / 2
+        return self.learning_rate * (1 + math.cos(math.pi * (share - self.warm_up) / (1 - self.warm_up))) / 2
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ def finetune(
 def rounded(plan: Plan, graph: Graph, target: Target) -> Graph:
     """What the plan's passes up to ``quantize-integer`` make of the graph; PlanError where they round nothing."""
     if len(plan.phases) > 1:
-        raise PlanError(f"the plan has {len(plan.phases)} phases; fine-tuning takes one of one phase, as weights are one")
+        raise PlanError(
+            f"the plan has {len(plan.phases)} phases; fine-tuning takes one of one phase, as weights are one"
+        )
     steps = plan.phases[0].steps
     places = [number for number, step in enumerate(steps) if Spec.parse(step.run).name == QUANTIZE]
     if not places:
@@ -150,7 +154,9 @@ def rounded(plan: Plan, graph: Graph, target: Target) -> Graph:
     short = replace(plan, phases=(replace(plan.phases[0], steps=steps[: places[-1] + 1]),))
     made = apply(short, graph, target)
     if not any(made.find(ROUNDING)):
-        raise PlanError(f"{QUANTIZE} of the plan keeps every layer: nothing is rounded that weights could be trained for")
+        raise PlanError(
+            f"{QUANTIZE} of the plan keeps every layer: nothing is rounded that weights could be trained for"
+        )
     return made
 
 
@@ -259,7 +265,11 @@ class _Training:
         self.state.save(self.network.leaves, self.optimizer, self.position)
 
     def _diverged(self, what: str) -> QualityError:
-        kept = f"the checkpoint before it stays in {self.state.folder}" if self.state.begun else "no checkpoint was made yet"
+        kept = (
+            f"the checkpoint before it stays in {self.state.folder}"
+            if self.state.begun
+            else "no checkpoint was made yet"
+        )
         return QualityError(
             f"fine-tuning: {what}; {kept}; look at the data, or begin anew with a learning rate below "
             f"{self.how.learning_rate:g}"

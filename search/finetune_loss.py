@@ -67,7 +67,8 @@ def check(call: Call, output: Tensor, loss: Loss) -> None:
         return
     if output.ndim != 2:
         raise UsageError(
-            f"fine-tuning: the first output is {tuple(output.shape)}, no scores (N, classes); say that outputs are numbers"
+            f"fine-tuning: the first output is {tuple(output.shape)}, no scores (N, classes); "
+            "say that outputs are numbers"
         )
     if call.labels is None:
         return
@@ -78,7 +79,9 @@ def check(call: Call, output: Tensor, loss: Loss) -> None:
         )
     low, high = int(call.labels.min()), int(call.labels.max())
     if low < 0 or high >= output.shape[1]:
-        raise UsageError(f"fine-tuning: labels lie from {low} to {high}; the network has classes 0 to {output.shape[1] - 1}")
+        raise UsageError(
+            f"fine-tuning: labels lie from {low} to {high}; the network has classes 0 to {output.shape[1] - 1}"
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from intarsia.ir.errors import PlanError, QualityError, UsageError
-from intarsia.ir.execute import call
+from intarsia.ir import execute
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program, materialize
@@ -65,7 +65,12 @@ def plan(program: Program) -> Plan:
     ranges = calibrate(folded, [(pictures(0, 64),)], find_method("minmax"))
     offered = find_pass("quantize-integer").choices(find_pass("calibrate").run(folded.graph, TARGET, ranges), TARGET)
     chosen = {place: "w4a4" if "w4a4" in options else "w8a8" for place, options in offered.items()}
-    steps = (Step("fold-batch-norm"), Step("calibrate", ranges), Step("quantize-integer", chosen), Step("lower-integer"))
+    steps = (
+        Step("fold-batch-norm"),
+        Step("calibrate", ranges),
+        Step("quantize-integer", chosen),
+        Step("lower-integer"),
+    )
     return Plan(GRAPH.fingerprint, "null", (Phase(steps),))
 
 
@@ -126,7 +131,7 @@ def test_rounding_and_its_gradient_are_those_of_the_operator() -> None:
     found = network((x,))
     (found * weight).sum().backward()  # type: ignore[no-untyped-call]
     leaf = w.clone().requires_grad_()
-    expected = call(graph.nodes[1], {"y": x * leaf})[0]
+    expected = execute.call(graph.nodes[1], {"y": x * leaf})[0]
     (expected * weight).sum().backward()
     assert torch.equal(found, expected)
     assert network.leaves["w"].grad is not None
@@ -197,10 +202,12 @@ def test_labels_and_numbers_are_losses_too(program: Program, plan: Plan, tmp_pat
 
 def test_the_rate_rises_along_a_line_and_falls_to_nothing() -> None:
     how = Recipe(steps=100, learning_rate=0.1, warm_up=0.1)
-    assert how.rate(4) == pytest.approx(0.05)
-    assert how.rate(54) == pytest.approx(0.05, abs=1e-6)
-    assert how.rate(99) == pytest.approx(0.0, abs=1e-6)
-    assert max(map(how.rate, range(100))) == pytest.approx(0.1)
+    rates = [how.rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.005 + 0.01 * step for step in range(10)])
+    assert sum(rates[54:56]) == pytest.approx(0.1)
+    assert max(rates) <= 0.1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[-1] < 1e-4
 
 
 def test_other_settings_do_not_go_on_from_a_checkpoint(program: Program, plan: Plan, tmp_path: Path) -> None:
@@ -222,7 +229,9 @@ def test_a_loss_that_is_not_finite_stops_it_and_the_checkpoint_stays(
         yield from data(epoch)
         yield Call((torch.full((4, 4, 6, 6), torch.nan),))
 
-    with pytest.raises(QualityError, match=r"the loss of step 5 is nan; the checkpoint before it stays in .*learning rate"):
+    with pytest.raises(
+        QualityError, match=r"the loss of step 5 is nan; the checkpoint before it stays in .*learning rate"
+    ):
         tuned(program, plan, tmp_path / "out", data=poisoned)
     monkeypatch.undo()
     assert len(tuned(program, plan, tmp_path / "out").losses) == 24, "the same run goes on from there with better data"
