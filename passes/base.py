@@ -33,6 +33,7 @@ PASSES: dict[str, str] = {
     "merge-views": "intarsia.passes.merge_views:MergeViews",
     "quantize-integer": "intarsia.passes.quantize_integer:QuantizeInteger",
     "quantize-linear": "intarsia.passes.quantize_linear:QuantizeLinear",
+    "smooth-linear": "intarsia.passes.smooth_linear:SmoothLinear",
     "sparse-attention": "intarsia.passes.sparse_attention:SparseAttention",
     "tables-of-blocks": "intarsia.passes.tables_of_blocks:TablesOfBlocks",
 }

@@ -150,7 +150,7 @@ def calibrate(
     ready, count = materialize(program), 0
     told.start("calibration", total)
     for batch in batches:
-        for name, tensor in _values(ready, batch):
+        for name, tensor in tensors_of(ready, batch):
             if name in seen:
                 seen[name].take(_finite(tensor, name, count))
         count += 1
@@ -170,6 +170,25 @@ def warnings(options: Mapping[str, str], program: Program) -> tuple[str, ...]:
     lines = [why_no_grid(place, range_of(option)) for place, option in options.items()]
     lines += [_dead_channels(node, ready) for node in ready.graph.find(*LAYERS)]
     return tuple(line for line in lines if line)
+
+
+def tensors_of(program: Program, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of one call, by name, each let go after its last use."""
+    graph = program.graph
+    table: dict[str, Any] = dict(program.weights)
+    last = {name: node for node in graph.nodes for name in node.inputs}
+    for value, tensor in zip(graph.inputs, batch, strict=True):
+        table[value.name] = tensor
+        yield value.name, tensor
+    with torch.no_grad():
+        for node in graph.nodes:
+            for value, found in zip(node.outputs, call(node, table), strict=True):
+                table[value.name] = found
+                if isinstance(found, Tensor):
+                    yield value.name, found
+            for name in set(node.inputs):
+                if last[name] is node and name not in program.weights:
+                    table.pop(name, None)
 
 
 def _dead_channels(layer: Node, program: Program) -> str | None:
@@ -194,25 +213,6 @@ def _finite(tensor: Tensor, name: str, number: int) -> Tensor:
         kind = "NaN" if torch.isnan(numbers).any() else "infinity"
         raise UsageError(f"calibration data, batch {number}: %{name} holds {kind}; leave that sample out, or mend it")
     return numbers
-
-
-def _values(program: Program, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of one call, by name, each let go after its last use."""
-    graph = program.graph
-    table: dict[str, Any] = dict(program.weights)
-    last = {name: node for node in graph.nodes for name in node.inputs}
-    for value, tensor in zip(graph.inputs, batch, strict=True):
-        table[value.name] = tensor
-        yield value.name, tensor
-    with torch.no_grad():
-        for node in graph.nodes:
-            for value, found in zip(node.outputs, call(node, table), strict=True):
-                table[value.name] = found
-                if isinstance(found, Tensor):
-                    yield value.name, found
-            for name in set(node.inputs):
-                if last[name] is node and name not in program.weights:
-                    table.pop(name, None)
 
 
 class _Ends(Seen):
