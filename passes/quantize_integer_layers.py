@@ -90,8 +90,8 @@ def why_sum_overflows(node: Node, graph: Graph, *, weight_bits: int, largest: in
     if terms * 2 ** (weight_bits - 1) * largest <= LARGEST_PRODUCTS:
         return None
     return (
-        f"a sum of {terms:,} products of {weight_bits}-bit weights and codes up to {largest} leaves no room for a "
-        f"bias in int32; {LARGEST_PRODUCTS // (2 ** (weight_bits - 1) * largest):,} fit, split the layer or use fewer bits"
+        f"a sum of {terms:,} products of {weight_bits}-bit weights and codes up to {largest} leaves no room for a bias "
+        f"in int32; {LARGEST_PRODUCTS // (2 ** (weight_bits - 1) * largest):,} fit, split the layer or use fewer bits"
     )
 
 

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intarsia.backends import onnx_exact
-from intarsia.backends.onnx_exact import DOUBLE, Scaling, affine, exact_affine, whole_scale
+from intarsia.backends.onnx_exact import DOUBLE, Scaling, affine, divided, exact_affine, lossless, whole_scale
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+TRUNK = (-32_768, 32_767)
 
 ENDS = st.sampled_from([(0, 15), (0, 127), (-8, 7), (-128, 127)])
 
@@ -76,6 +78,36 @@ def test_31_bits_of_many_channels_and_large_sums_need_f64() -> None:
     assert whole_scale(made, 0) is None
     assert affine(made, 0) is None
     assert made.bits <= DOUBLE
+
+
+@pytest.mark.parametrize("added", [0, 1, 20_000, 32_767])
+def test_numbers_with_few_bits_behind_the_point_lose_nothing_even_when_an_integer_is_added(added: int) -> None:
+    made = Scaling.of(np.array([37, 5]), np.array([7, 6]), np.array([-60_000, 12_345]), (-(2**22), 2**22), TRUNK)
+    found = lossless(made, 0)
+    assert found is not None
+    x = np.arange(-(2**22), 2**22, 3)[None].repeat(2, axis=0)
+    real = x.astype(np.float32) * found[0][:, None] + found[1][:, None] + np.float32(added)
+    wanted = np.clip(made.exactly(x) + added, 0, 32_767)
+    np.testing.assert_array_equal(np.floor(np.clip(real, 0, 32_767)), wanted)
+
+
+def test_what_has_more_bits_than_f32_is_not_called_lossless() -> None:
+    made = Scaling.of(np.array([37, 5]), np.array([9, 6]), 0, (-(2**22), 2**22), TRUNK)
+    assert lossless(made, 0) is None
+    far = Scaling.of(np.array([37]), np.array([7]), 2**20, (-(2**22), 2**22), TRUNK)
+    assert lossless(far, 0) is None
+
+
+def test_one_division_is_proved_for_every_integer_of_a_tensor() -> None:
+    for seed in range(20):
+        number = int(np.random.default_rng(seed).integers(2**30, 2**31))
+        made = Scaling.of(np.array([number]), np.array([39]), 0, (0, 32_767), (0, 127))
+        if (divisor := divided(made)) is not None:
+            x = np.arange(32_768)[None]
+            found = np.rint(x.astype(np.float32) / np.float32(divisor)).clip(0, 127)
+            np.testing.assert_array_equal(found, made.exactly(x))
+            return
+    pytest.fail("no number of twenty has a divisor")
 
 
 def test_proofs_look_at_both_sides_of_every_step(monkeypatch: pytest.MonkeyPatch) -> None:

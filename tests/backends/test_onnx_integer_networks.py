@@ -155,6 +155,23 @@ def test_a_residual_network_gives_what_is_defined(residual: Program, target: Tar
     assert all(torch.equal(one[:1], two) for one, two in zip(found, again, strict=True))
 
 
+def test_a_trunk_on_one_grid_is_summed_in_f32_without_a_product(
+    residual: Program, target: Target, tmp_path: Path
+) -> None:
+    one = torch.tensor([1.0])
+    steps = torch.randint(3, 11, (32,), generator=GENERATOR) / 128
+    weights = {**residual.weights, **dyadic("one.", one), **dyadic("two.", one), **dyadic("conv.", steps)}
+    program = Program(residual.graph, weights)
+    x = torch.randn(3, 3, 12, 12, generator=GENERATOR)
+    found = run(program, (x,), tmp_path, target)
+    expected = defined(program.graph, {**weights, "x": x})
+    for name, tensor in zip(program.graph.outputs, found, strict=True):
+        np.testing.assert_array_equal(tensor.numpy(), expected[name], err_msg=name, strict=True)
+    assert len(np.unique(expected["sum"])) > 200
+    assert operators(tmp_path)["MatMulIntegerToFloat"] == 2
+    assert operators(tmp_path)["QLinearConv"] == 0
+
+
 def small(ratio: float, *, bits: int, ends: tuple[int, int], largest: int) -> Program:
     """A layer of weights up to ``largest``, whose real numbers have so many bits."""
     graph = Graph.parse(SMALL.replace("LOW", str(ends[0])).replace("HIGH", str(ends[1])))
