@@ -24,7 +24,7 @@ class Allocation:
     ``divisors[g]``-th step.
 
     Attributes:
-        warm_up: Steps before the window, at least 2: the score compares the velocities of two.
+        warm_up: Steps before the window, at least 2, for the score compares the velocities of two; 1 with one share.
         tail: Steps behind the window.
         shares: Of the tokens, summing to 1; the group of greatest change first.
         divisors: One for each share, rising.
@@ -52,8 +52,10 @@ class Allocation:
     dense: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.warm_up < 2 or self.tail < 0:
-            raise ValueError("warm_up is at least 2, for the score compares two steps, and tail at least 0")
+        if self.warm_up < (2 if len(self.shares) > 1 else 1) or self.tail < 0:
+            raise ValueError(
+                "warm_up is at least 2, for the score compares two steps, 1 with one share; tail at least 0"
+            )
         if not self.shares or len(self.shares) != len(self.divisors):
             raise ValueError(f"shares are {len(self.shares)}, divisors {len(self.divisors)}; give one for each")
         if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:

@@ -155,11 +155,11 @@ def sample(
         raise UsageError(f"step allocation: {len(noise)} samples at once; tokens are chosen for one sample at a time")
     if allocation.warm_up + allocation.tail > sampler.steps:
         raise UsageError(
-            f"step allocation: warm_up {allocation.warm_up} and tail {allocation.tail} are more than all {sampler.steps}"
+            f"step allocation: warm_up {allocation.warm_up} and tail {allocation.tail} exceed {sampler.steps} steps"
         )
     guided = sampler.guidance != 1
     text = torch.cat([conditioning.text, conditioning.null]) if guided else conditioning.text
-    loop = _Loop(allocation, sampler.steps, grid)
+    loop = Loop(allocation, sampler.steps, grid, sampler.guide)
     state = noise.float()
     with torch.no_grad():
         for number, (now, after) in enumerate(pairwise(sampler.sigmas().tolist())):
@@ -175,18 +175,29 @@ def sample(
                     clock=loop.clock(now),
                     caches=caches,
                 )
-                loop.learn(number, active, now, sampler.guide(answer.float()))
-            state = state + (after - now) * loop.velocity(now)
+                loop.learn(number, active, now, answer.float())
+            state = state + (after - now) * sampler.guide(loop.velocity(now))
             if progress is not None:
                 progress(number + 1, sampler.steps)
     return Run(state, tuple(loop.active), tuple(loop.orders))
 
 
-class _Loop:
-    """Which tokens are computed, and what is known of each token's velocity."""
+class Loop:
+    """Which tokens each step of a loop computes, and what is known of the velocity of every token.
 
-    def __init__(self, allocation: Allocation, steps: int, grid: TokenGrid) -> None:
-        self.allocation, self.steps, self.grid = allocation, steps, grid
+    Args:
+        allocation: The budget of each token.
+        steps: Steps of the loop.
+        grid: How the tokens lie in a sample.
+        guide: The velocity that is followed, of a call's rows; tokens are chosen by it.
+
+    Attributes:
+        active: The tokens of each step so far.
+        orders: Tokens by falling change, each time that groups were formed.
+    """
+
+    def __init__(self, allocation: Allocation, steps: int, grid: TokenGrid, guide: Callable[[Tensor], Tensor]) -> None:
+        self.allocation, self.steps, self.grid, self.guide = allocation, steps, grid, guide
         self.active: list[tuple[int, ...]] = []
         self.orders: list[tuple[int, ...]] = []
         self._groups: tuple[tuple[tuple[int, ...], ...], ...] = ()
@@ -208,7 +219,7 @@ class _Loop:
         return Clock(torch.tensor([elapsed], dtype=torch.float32), rate.float())
 
     def learn(self, number: int, active: Tensor, now: float, velocity: Tensor) -> None:
-        """Take the velocity of the active tokens, and form groups where it is time to."""
+        """Take the velocity (R, ...) of the active tokens, and form groups where it is time to."""
         first = self._called is None
         computed = torch.zeros(self.grid.count, dtype=torch.bool).index_fill(0, active, True)
         self._before = torch.where(computed, self._since, self._before)
@@ -218,12 +229,13 @@ class _Loop:
         self._last = velocity if first else torch.where(where, velocity, self._last)
         self._called = now
         if self.allocation.regroups(number, self.steps):
-            change = scores(self._last, self._earlier, self.grid, smooth=self.allocation.smooth)[0]
+            now_and_before = self.guide(self._last), self.guide(self._earlier)
+            change = scores(*now_and_before, self.grid, smooth=self.allocation.smooth)[0]
             self.orders.append(tuple(change.argsort(descending=True, stable=True).tolist()))
             self._groups = self.allocation.groups(self.orders[-1])
 
     def velocity(self, now: float) -> Tensor:
-        """Of all tokens at noise level ``now``: what each had last, or where its last two lead."""
+        """Of all tokens (R, ...) at noise level ``now``: what each had last, or where its last two lead."""
         if self.allocation.velocity == "held":
             return self._last
         ahead = ((now - self._since) / (self._since - self._before)).nan_to_num(0.0, 0.0, 0.0).float()

@@ -49,9 +49,9 @@ class TokenPlaces:
         self.attention: Mapping[str, Site | str] = survey(graph)
         self.sites = tuple(found for found in self.attention.values() if isinstance(found, Site))
         first, *others = self.sites
-        self._video = self._segment(first)
+        self.video = self._segment(first)
         for site in others:
-            if self._segment(site) != self._video:
+            if self._segment(site) != self.video:
                 raise Unsupported(
                     f"step allocation: %{site.name} is among {site.layout}, %{first.name} among {first.layout}; "
                     "one set of tokens is followed"
@@ -65,7 +65,7 @@ class TokenPlaces:
     @property
     def count(self) -> int:
         """N, the tokens of the video."""
-        return count(self._video)
+        return count(self.video)
 
     def of(self, name: str) -> Place | None:
         """Where they lie in a value; None if along no axis of it."""
@@ -92,9 +92,9 @@ class TokenPlaces:
     @cached_property
     def _spellings(self) -> frozenset[Segment]:
         """The video's tokens as three axes, and as the one axis of an input that has them flat already."""
-        found = {self._video}
-        inner = self._video[-1]
-        if len({(factor.source, factor.axis) for factor in self._video}) == 1:
+        found = {self.video}
+        inner = self.video[-1]
+        if len({(factor.source, factor.axis) for factor in self.video}) == 1:
             found.add((Factor(self.count, inner.source, inner.axis, inner.stride, inner.made),))
         return frozenset(found)
 

@@ -1,0 +1,137 @@
+"""An engine that computes active tokens only, as the denoiser that a sampler calls step after step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from intarsia.backends.base import Engine
+from intarsia.backends.by_step import TIMESTEP
+from intarsia.ir.allocation import Allocation
+from intarsia.ir.errors import UsageError
+from intarsia.ir.graph import Graph, Value
+from intarsia.ir.operators import DTYPES
+from intarsia.ir.plan import Plan
+from intarsia.ir.types import TensorType
+from intarsia.models.allocated_sampler import Loop, TokenGrid
+from intarsia.models.sampler import FlowMatchEuler
+from intarsia.passes.active_caches import RATE
+from intarsia.passes.active_tokens import ACTIVE, ActiveTokens
+from intarsia.passes.base import find_pass
+from intarsia.passes.token_places import TokenPlaces
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a graph of active tokens takes beside the model's own inputs.
+
+    Attributes:
+        own: How many inputs are the model's own; they come first.
+        clocked: Whether caches move along, so that the step is told how far.
+        caches: The caches, last.
+    """
+
+    own: int
+    clocked: bool
+    caches: tuple[Value, ...]
+
+    @classmethod
+    def of(cls, graph: Graph) -> StepInputs | None:
+        """Of a graph that ``active-tokens`` made; None for any other."""
+        names = [value.name for value in graph.inputs]
+        if ACTIVE not in names:
+            return None
+        own = names.index(ACTIVE)
+        clocked = RATE in names
+        return cls(own, clocked, graph.inputs[own + (3 if clocked else 1) :])
+
+    def empty(self) -> tuple[Tensor, ...]:
+        """Caches of zeros: what the first step, which computes all tokens, is given."""
+        return tuple(_zeros(value) for value in self.caches)
+
+
+def _zeros(value: Value) -> Tensor:
+    assert isinstance(value.type, TensorType)
+    return torch.zeros([int(dim) for dim in value.type.shape], dtype=DTYPES[value.type.dtype])
+
+
+def allocation_of(plan: Plan | None) -> Allocation | None:
+    """The budget of tokens that a plan's ``active-tokens`` names; None where no pass of it is one."""
+    for step in (step for phase in plan.phases for step in phase.steps) if plan else ():
+        if step.run.partition("(")[0] == ActiveTokens.name:
+            made = find_pass(step.run)
+            assert isinstance(made, ActiveTokens)
+            return Allocation.parse(made.allocation) if made.allocation else Allocation()
+    return None
+
+
+def grid_of(graph: Graph) -> TokenGrid:
+    """How the tokens lie in a sample of a traced video transformer; Unsupported if it has none."""
+    places = TokenPlaces(graph)
+    frames, height, width = (factor.axis for factor in places.video)
+    layout = places.layout
+    return TokenGrid((frames, height, width), (layout.frames, layout.height, layout.width))
+
+
+@dataclass
+class AllocatedEngine(Engine):
+    """A loop's network: tensors in the model's own input order in, the velocity of all tokens out.
+
+    It remembers: the first step of a loop starts it anew, and every other one has to follow the one before.
+
+    Attributes:
+        engine: Of the graph of active tokens.
+        graph: That graph.
+        allocation: Which tokens are computed when.
+        sampler: Of the loop.
+        grid: How the tokens lie in a sample.
+        loop: What the last loop computed; of a finished one, ``loop.active`` has every step.
+    """
+
+    engine: Callable[..., tuple[Tensor, ...]]
+    graph: Graph
+    allocation: Allocation
+    sampler: FlowMatchEuler
+    grid: TokenGrid
+    loop: Loop = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = StepInputs.of(self.graph)
+        assert found is not None
+        self._inputs = found
+        self._sigmas = self.sampler.sigmas().tolist()
+        self._timesteps = torch.tensor(self.sampler.timesteps())
+        self._at = [value.name for value in self.graph.inputs].index(TIMESTEP)
+        self._caches: Sequence[Tensor] = ()
+        self._start()
+
+    def _start(self) -> None:
+        self.loop = Loop(self.allocation, self.sampler.steps, self.grid, self.sampler.guide)
+        self._caches = self._inputs.empty()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The velocity at the step that the timestep tells; UsageError for a step that does not follow the last."""
+        step = int((self._timesteps - float(inputs[self._at].flatten()[0])).abs().argmin())
+        if step == 0:
+            self._start()
+        if step != len(self.loop.active):
+            raise UsageError(
+                f"step allocation: step {step} follows step {len(self.loop.active) - 1}; caches need every step in its "
+                "turn, one sample after the other"
+            )
+        active, now = self.loop.begin(step), self._sigmas[step]
+        if len(active):
+            clock = self.loop.clock(now)
+            told = (clock.elapsed, clock.rate) if self._inputs.clocked else ()
+            answer = self.engine(*inputs, active, *told, *self._caches)
+            self._caches = answer[1:]
+            self.loop.learn(step, active, now, answer[0].float())
+        return (self.loop.velocity(now),)
+
+    @property
+    def device(self) -> str:
+        """What it ran on."""
+        return self.engine.device if isinstance(self.engine, Engine) else "CPU"

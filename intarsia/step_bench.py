@@ -1,0 +1,126 @@
+"""Runs policies of a loop's steps through engines of this machine, and times their calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from intarsia.allocated import AllocatedEngine, StepInputs, grid_of
+from intarsia.backends.base import Engine, find_backend
+from intarsia.backends.runner import bench
+from intarsia.evidence import sample_inputs
+from intarsia.ir.errors import UsageError
+from intarsia.ir.graph import Graph
+from intarsia.ir.program import Program, example_inputs, materialize
+from intarsia.ir.target import Target
+from intarsia.models.sampler import FlowMatchEuler
+from intarsia.passes.active_tokens import ActiveTokens
+from intarsia.passes.apply import run_passes
+from intarsia.search.roofline import predict
+from intarsia.search.step_space import Policy
+from intarsia.search.workload import Run
+from intarsia.subject import Subject
+
+BACKEND = "onnx"
+
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.125, 0.03)
+"""Of the tokens, at which calls are timed; between them seconds are interpolated."""
+
+
+@dataclass
+class StepBench:
+    """Policies of a model on this machine's CPU through ONNX Runtime; seconds are predicted for any other target.
+
+    Attributes:
+        subject: A model with a sampler.
+        target: The machine that seconds are told of.
+        repeats: Calls that a timing is the median of.
+    """
+
+    subject: Subject
+    target: Target
+    repeats: int = 5
+    _seconds: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+
+    def __post_init__(self) -> None:
+        if self.subject.model is None or self.subject.model.sampler is None:
+            raise UsageError(
+                f"{self.subject.name}: strategy steps needs a model with a sampler, whose steps it allocates"
+            )
+        self.sampler: FlowMatchEuler = self.subject.model.sampler
+        self.steps = self.sampler.steps
+        self.grid = grid_of(self.subject.program.graph)
+        self._folder = TemporaryDirectory(prefix="intarsia-")
+        self._engines: dict[str, tuple[Graph, Engine]] = {}
+
+    def seconds(self, caches: str, share: float) -> float:
+        """What a call takes that computes a share of the tokens; 0 for share 0."""
+        if share <= 0:
+            return 0.0
+        if caches not in self._seconds:
+            self._seconds[caches] = [self._call_seconds(caches, max(1, round(one * self.grid.count))) for one in SHARES]
+        return _between(share, SHARES, self._seconds[caches])
+
+    def dense(self) -> Run:
+        """The unchanged network."""
+        return self._dense
+
+    def policy(self, policy: Policy) -> Run:
+        """The network of a policy."""
+        graph, engine = self._engine(policy.caches)
+        return AllocatedEngine(engine, graph, policy.allocation, self.sampler, self.grid)
+
+    @cached_property
+    def _dense(self) -> Engine:
+        return self._built(self.subject.program.graph, "dense")
+
+    def _engine(self, caches: str) -> tuple[Graph, Engine]:
+        if caches not in self._engines:
+            graph = self._graph(caches)
+            self._engines[caches] = (graph, self._built(graph, caches))
+        return self._engines[caches]
+
+    def _graph(self, caches: str) -> Graph:
+        return ActiveTokens(caches=caches).run(self.subject.program.graph, self.target, {})
+
+    def _built(self, graph: Graph, name: str) -> Engine:
+        backend = find_backend(BACKEND)
+        ready = run_passes(backend.passes, graph, self.target)
+        folder = Path(self._folder.name) / name
+        folder.mkdir()
+        built = backend.build(materialize(Program(ready, self.subject.program.weights)), self.target, folder)
+        return backend.load(folder, built.files)
+
+    def _call_seconds(self, caches: str, count: int) -> float:
+        if self.target.kind != "cpu":
+            graph = self._graph(caches)
+            (size,) = (size for size in graph.sizes if size.name.startswith("active"))
+            return predict(graph, self.target, {size.name: count}).seconds
+        graph, engine = self._engine(caches)
+        return bench(engine, step_inputs(self.subject, graph, count), repeats=self.repeats, warmup=1).seconds
+
+
+def step_inputs(subject: Subject, graph: Graph, count: int) -> tuple[Tensor, ...]:
+    """Inputs of a step that computes ``count`` tokens, evenly spread; caches are zeros."""
+    found = StepInputs.of(graph)
+    assert found is not None
+    tokens = grid_of(subject.program.graph).count
+    own = sample_inputs(subject) or example_inputs(subject.program.graph)
+    active = torch.arange(count) * tokens // count
+    clock = (torch.zeros(1), torch.zeros(tokens)) if found.clocked else ()
+    return (*own, active, *clock, *found.empty())
+
+
+def _between(share: float, shares: tuple[float, ...], seconds: list[float]) -> float:
+    """Interpolated; below the least share as there."""
+    for (high, slow), (low, quick) in zip(
+        zip(shares, seconds, strict=True), list(zip(shares, seconds, strict=True))[1:], strict=False
+    ):
+        if share >= low:
+            return quick + (slow - quick) * (min(share, high) - low) / (high - low)
+    return seconds[-1]

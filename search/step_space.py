@@ -1,0 +1,140 @@
+"""The policies of a loop's steps that a search weighs: which tokens are computed when, for a share of the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+
+from intarsia.ir.allocation import Allocation
+from intarsia.ir.spec import Spec
+
+WARM_UPS, TAILS = (2, 3, 4), (0, 1, 2, 3)
+
+WHOLE = "whole steps"
+TOKENS = "tokens"
+
+GROUPS: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...] = (
+    ((1, 2), (1.0,)),
+    ((1, 3), (1.0,)),
+    ((1, 4), (1.0,)),
+    ((2, 4), (1.0,)),
+    ((2, 6), (1.0,)),
+    ((3, 6), (1.0,)),
+    ((3, 9), (1.0,)),
+    ((4, 8), (1.0,)),
+    ((5, 10), (1.0,)),
+    ((1, 2, 4), (0.5, 0.5)),
+    ((2, 4, 8), (0.5, 0.5)),
+    ((3, 6, 12), (0.5, 0.5)),
+)
+"""Divisors of the groups, and how what the first group leaves is split among the others."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a loop computes at its steps.
+
+    Attributes:
+        allocation: Which tokens are computed when.
+        caches: Whether keys and values of other tokens are ``held`` or move on, ``linear``.
+    """
+
+    allocation: Allocation
+    caches: str = "held"
+
+    @property
+    def kind(self) -> str:
+        """``whole steps`` where all tokens have one divisor, else ``tokens``."""
+        return WHOLE if len(set(self.allocation.divisors)) == 1 else TOKENS
+
+    @property
+    def notation(self) -> str:
+        """The pass that computes so."""
+        args: dict[str, str] = {"allocation": str(self.allocation)}
+        return str(Spec("active-tokens", args if self.caches == "held" else {"caches": self.caches, **args}))
+
+
+Seconds = Callable[[str, float], float]
+"""What a call takes that computes a share of the tokens, 0 to 1, with caches held or moved on; 0 for share 0."""
+
+
+def loop_seconds(policy: Policy, steps: int, seconds: Seconds) -> float:
+    """What all calls of a loop take."""
+    return sum(seconds(policy.caches, share) for share in policy.allocation.shares_by_step(steps))
+
+
+def space(steps: int, limit: float, seconds: Seconds, *, held: bool = False) -> list[Policy]:
+    """Policies that take at most ``limit`` seconds for a loop, each nearly all of it.
+
+    Every other step, every third and so on, for all tokens, evenly or with whole steps at either end; and groups of
+    tokens whose shares are as large as the time allows.
+
+    Args:
+        held: Whether to look at what the paper has, held velocities and caches, alone.
+    """
+    every = [*_evenly(steps), *_windows(steps, held=held), *_grouped(steps, limit, seconds, held=held)]
+    alike = {_computed(policy, steps): policy for policy in reversed(every)}
+    kept = {
+        policy: taken for policy in reversed(alike.values()) if (taken := loop_seconds(policy, steps, seconds)) <= limit
+    }
+    most = {
+        kind: max(taken for policy, taken in kept.items() if policy.kind == kind) for kind in {p.kind for p in kept}
+    }
+    return [policy for policy, taken in kept.items() if taken >= 0.8 * most[policy.kind]]
+
+
+def _computed(policy: Policy, steps: int) -> tuple[object, ...]:
+    """What tells policies apart that a loop of so many steps can tell apart."""
+    allocation = policy.allocation
+    return (
+        allocation.shares_by_step(steps),
+        allocation.shares,
+        allocation.divisors,
+        allocation.velocity,
+        policy.caches,
+    )
+
+
+def _evenly(steps: int) -> Iterator[Policy]:
+    """Fewer steps: Euler's method on every d-th noise level, where that ends with the loop."""
+    for divisor in range(1, steps + 1):
+        if steps % divisor == 0:
+            yield Policy(Allocation(1, 0, (1.0,), (divisor,)))
+
+
+def _windows(steps: int, *, held: bool) -> Iterator[Policy]:
+    for warm_up, tail, divisor in product((1, *WARM_UPS), TAILS, range(2, steps // 2 + 1)):
+        if warm_up + tail < steps:
+            yield Policy(Allocation(warm_up, tail, (1.0,), (divisor,), velocity="held" if held else "linear"))
+
+
+def _grouped(steps: int, limit: float, seconds: Seconds, *, held: bool) -> Iterator[Policy]:
+    for warm_up, tail, (divisors, rest) in product(WARM_UPS, TAILS, GROUPS):
+        if warm_up + tail >= steps:
+            continue
+
+        policies = partial(_policy, warm_up, tail, divisors, rest, "held" if held else "linear")
+        if found := _largest(policies, steps, limit, seconds):
+            yield found
+
+
+def _policy(  # noqa: PLR0917 - bound one after the other
+    warm_up: int, tail: int, divisors: tuple[int, ...], rest: tuple[float, ...], moved: str, first: float
+) -> Policy:
+    """The policy whose first group has the share ``first``, the others parts of what that leaves."""
+    shares = [round(first, 3), *(round((1 - first) * part, 3) for part in rest[:-1])]
+    shares.append(round(1 - sum(shares), 3))
+    return Policy(Allocation(warm_up, tail, tuple(shares), divisors, velocity=moved), moved)
+
+
+def _largest(policy: Callable[[float], Policy], steps: int, limit: float, seconds: Seconds) -> Policy | None:
+    """The policy of the largest first group that keeps the limit; None where none of 2 to 98 % just does."""
+    low, high = 0.02, 0.98
+    if loop_seconds(policy(low), steps, seconds) > limit or loop_seconds(policy(high), steps, seconds) < limit:
+        return None
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if loop_seconds(policy(middle), steps, seconds) <= limit else (low, middle)
+    return policy(low)
