@@ -98,7 +98,14 @@ class Score:
     agreement: float | None = None
     accuracy: float | None = None
 
+    @classmethod
+    def from_json(cls, facts: object) -> Score:
+        """What ``asdict`` gave and a log kept."""
+        assert isinstance(facts, dict)
+        return cls(**facts)
+
     def __str__(self) -> str:
+        """``loss 0.0123, 95.20% as float, 88.10% right``."""
         shares = {"as float": self.agreement, "right": self.accuracy}
         return ", ".join([f"loss {self.loss:.4g}", *(f"{share:.2%} {name}" for name, share in shares.items() if share)])
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from intarsia.ir.errors import PlanError, QualityError, UsageError
 from intarsia.ir import execute
+from intarsia.ir.errors import PlanError, QualityError, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program, materialize
@@ -152,7 +152,7 @@ class Killed(Exception):
 def test_a_run_that_was_killed_ends_with_the_same_weights_and_the_same_log(
     program: Program, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("intarsia.search.finetune.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("intarsia.search.finetune_training.CHECKPOINT_SECONDS", 0.0)
     whole = tuned(program, plan, tmp_path / "whole", steps=10)
 
     def breaking(epoch: int) -> Iterator[Call]:
@@ -223,7 +223,7 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(program: Program, plan: P
 def test_a_loss_that_is_not_finite_stops_it_and_the_checkpoint_stays(
     program: Program, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("intarsia.search.finetune.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("intarsia.search.finetune_training.CHECKPOINT_SECONDS", 0.0)
 
     def poisoned(epoch: int) -> Iterator[Call]:
         yield from data(epoch)
