@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from intarsia.backends.onnx_exact import SINGLE
-from intarsia.backends.onnx_operators import RUNTIME
 from intarsia.backends.onnx_weights import Tape
 from intarsia.kernels.integer_weights.sums import reach
 
@@ -230,7 +229,7 @@ class Products:
             for key, one in zip(("factor", "summand"), numbers, strict=True)
         )
         operands = [rows, codes, number("f32", 1.0), factor, number("u8", input.zero), zero, summand]
-        return tape.op("MatMulIntegerToFloat", *operands, domain=RUNTIME)
+        return tape.runtime_op("MatMulIntegerToFloat", *operands)
 
     def _unsigned(self, weight: Weight, shape: tuple[int, ...], laid: Callable[[Array], Array]) -> onnx_ir.Value:
         """The codes plus 128, ``laid`` out as ``shape``: u8."""

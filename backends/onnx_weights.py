@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from intarsia.backends.onnx_operators import DOMAIN
+from intarsia.backends.onnx_operators import DOMAIN, RUNTIME
 from intarsia.ir.graph import Graph
 
 if TYPE_CHECKING:
@@ -111,23 +111,23 @@ class Tape:
         self.replaced = node
         self.nodes: list[onnx_ir.Node] = []
 
-    def op(self, op_type: str, *inputs: onnx_ir.Value, domain: str = "", **attributes: Any) -> onnx_ir.Value:
+    def op(self, op_type: str, *inputs: onnx_ir.Value, **attributes: Any) -> onnx_ir.Value:
         """The output of one more node."""
         import onnx_ir as ir
 
-        node = ir.node(op_type, inputs, attributes or None, domain=domain)
-        node.metadata_props.update(self.replaced.metadata_props)
-        self.nodes.append(node)
-        return node.outputs[0]
+        return self._added(ir.node(op_type, inputs, attributes or None))
+
+    def runtime_op(self, op_type: str, *inputs: onnx_ir.Value) -> onnx_ir.Value:
+        """The output of one more node, of an operator that ONNX Runtime adds to ONNX's own."""
+        import onnx_ir as ir
+
+        return self._added(ir.node(op_type, inputs, domain=RUNTIME))
 
     def again(self, inputs: Sequence[onnx_ir.Value | None]) -> onnx_ir.Value:
         """The output of the replaced node's operator on other inputs."""
         import onnx_ir as ir
 
-        node = ir.node(self.replaced.op_type, inputs, attributes=self.replaced.attributes)
-        node.metadata_props.update(self.replaced.metadata_props)
-        self.nodes.append(node)
-        return node.outputs[0]
+        return self._added(ir.node(self.replaced.op_type, inputs, attributes=self.replaced.attributes))
 
     def take_place(self, answer: onnx_ir.Value) -> None:
         """Put the nodes where the replaced one was; ``answer`` is used where its output was."""
@@ -138,6 +138,11 @@ class Tape:
         graph = self.replaced.graph
         assert graph is not None
         ir.convenience.replace_nodes_and_values(graph, self.replaced, [self.replaced], self.nodes, [old], [answer])
+
+    def _added(self, node: onnx_ir.Node) -> onnx_ir.Value:
+        node.metadata_props.update(self.replaced.metadata_props)
+        self.nodes.append(node)
+        return node.outputs[0]
 
 
 def product(node: onnx_ir.Node, tape: Tape, weight: onnx_ir.Value) -> onnx_ir.Value:

@@ -93,7 +93,7 @@ class Emitter:
         if self.codes.grids[below].low >= 0 < high:
             low = max(low, 0)
         clip: dict[str, Arg] = {"low": low, "high": high}
-        exact, dyadic = self._exact(rounding.name, dyadic, None, None, self.codes.grids[below], clip)
+        exact, dyadic = self._exact(rounding.name, dyadic, None, None, grid=self.codes.grids[below], clip=clip)
         args = {"input": Ref(self.codes.names[below]), **dyadic, "axis": 0, **clip}
         return *numbers, *exact, self._call("intarsia.requantize", rounding, args)
 
@@ -135,7 +135,7 @@ class Emitter:
             room = LARGEST_SUM - prod(map(int, type_.shape[1:])) * 2 ** (bits - 1) * largest
             made.append(self._bias(layer, bias, scale, onto_input.scale, room))
             args["bias"] = Ref(made[-1].name)
-        exact, numbers = self._exact(layer.name, numbers, weight, args["bias"], onto_input, clip)
+        exact, numbers = self._exact(layer.name, numbers, weight, args["bias"], grid=onto_input, clip=clip)
         made += exact
         op = "intarsia.linear_i8i8"
         if layer.op == "aten.conv2d":
@@ -203,7 +203,7 @@ class Emitter:
         return node, {"multiplier": Ref(multiplier.name), "shift": Ref(shift.name)}
 
     def _exact(
-        self, name: str, numbers: dict[str, Arg], weight: Value | None, bias: Arg, grid: Grid, clip: dict[str, Arg]
+        self, name: str, numbers: dict[str, Arg], weight: Value | None, bias: Arg, *, grid: Grid, clip: dict[str, Arg]
     ) -> tuple[list[Node], dict[str, Arg]]:
         """Numbers near those given that f32 multiplies by exactly, and the call that finds them.
 
@@ -218,7 +218,7 @@ class Emitter:
         )
         args: dict[str, Arg] = {"weight": Ref(weight.name) if weight else None, "bias": bias}
         args = {**numbers, **args, "input_low": grid.low, "input_high": grid.high, **clip}
-        exact = {"multiplier": Ref(made[0].name), "shift": Ref(made[1].name)}
+        exact: dict[str, Arg] = {"multiplier": Ref(made[0].name), "shift": Ref(made[1].name)}
         return [Node("intarsia.exact_dyadic", args, made)], exact
 
     def _call(self, op: str, rounding: Node, args: Mapping[str, Arg]) -> Node:

@@ -41,7 +41,7 @@ def trunk_grids(ranged: Ranged, sums: Iterable[str]) -> Mapping[str, Grid]:
 
 def grain(onto_input: Grid, onto: Grid) -> float:
     """Of what the steps of a weight are to be multiples, so that f32 multiplies sums exactly to 16-bit results."""
-    return onto.scale / onto_input.scale / 2**FRACTION_BITS
+    return onto.scale / onto_input.scale / float(1 << FRACTION_BITS)
 
 
 def _kept(name: str, ranged: Ranged) -> Iterable[str]:

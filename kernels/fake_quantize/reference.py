@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1e-8
-"""A channel whose largest magnitude is below it has no weights. Source: HAWQ (github.com/Zhen-Dong/HAWQ), quant_utils.py."""
+"""Below it, a channel's largest magnitude is none. Source: HAWQ (github.com/Zhen-Dong/HAWQ), quant_utils.py."""
 
 WIDEST = 2**31 - 1
 """Largest code of a bias in 32 bits."""
