@@ -18,6 +18,7 @@ from intarsia.ir.plan import Plan
 from intarsia.ir.target import Target, load_target
 from intarsia.passes.apply import run_passes
 from intarsia.passes.base import find_pass
+from intarsia.passes.integer_only import left_in_float
 from intarsia.search.roofline import Prediction, predict
 from intarsia.search.work import attention_sites, summary
 
@@ -89,6 +90,8 @@ def _counted(graph: Graph, target: str | None, sizes: Mapping[str, int] | None) 
         "operators_unknown": list(work.unknown),
         "attention_sites": [asdict(site) for site in sites],
     }
+    if (in_float := left_in_float([graph])) is not None:
+        facts["in_float"] = list(in_float)
     if target is not None:
         predicted = predict(graph, load_target(target), sizes)
         facts |= {"target": target, "predicted_seconds": predicted.seconds, "seconds_by_bound": _by_bound(predicted)}

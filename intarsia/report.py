@@ -118,6 +118,7 @@ def page_of(folder: Path) -> Page:
                 (f"engine of {name}", f"{one['backend']}: {one['check']}; the stored answer is {one['sample']}")
                 for name, one in manifest["engines"].items()
             ),
+            *(("left in float", line) for line in facts.in_float or ()),
             *((name, str(text)) for name, text in manifest.get("fingerprints", {}).items() if text),
             *(
                 (f"{backend}: {name}", _as_text(value))
@@ -196,8 +197,15 @@ def _verdict(facts: Facts) -> str:
     return text
 
 
+def _arithmetic(in_float: Sequence[str]) -> Card:
+    if not in_float:
+        return Card("Arithmetic", "integers only", "from where inputs are rounded to where outputs get their scale")
+    count = f"{len(in_float)} operator{'s' * (len(in_float) > 1)} in float"
+    return Card("Arithmetic", count, "all else in integers; listed below")
+
+
 def _cards(facts: Facts) -> tuple[Card, ...]:
-    cards: list[Card] = []
+    cards: list[Card] = [_arithmetic(facts.in_float)] if facts.in_float is not None else []
     predicted = facts.predicted
     if predicted.get("baseline_bytes") and predicted.get("bytes"):
         before, after = predicted["baseline_bytes"], predicted["bytes"]

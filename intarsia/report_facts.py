@@ -10,8 +10,11 @@ from typing import Any
 
 from intarsia.backends.manifest import OWN
 from intarsia.backends.phases import StepRange
+from intarsia.backends.variant import GRAPH
 from intarsia.ir.errors import UsageError
+from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
+from intarsia.passes.integer_only import INTO, left_in_float
 
 METRICS = {"psnr": "PSNR", "ssim": "SSIM", "motion_psnr": "motion PSNR"}
 """What people call the metrics."""
@@ -47,6 +50,13 @@ class Facts:
         """Seconds and bytes as the cost model says, for the engine and for the unchanged model."""
         found: Mapping[str, Any] = self.manifest.get("predicted", {})
         return found
+
+    @property
+    def in_float(self) -> tuple[str, ...] | None:
+        """What an integer network leaves in float, as its graphs say; None where no graph has integers."""
+        files = (self.folder / name for name in self.manifest["files"] if Path(name).name == GRAPH)
+        texts = (file.read_text() for file in files)
+        return left_in_float(Graph.parse(text) for text in texts if INTO in text)
 
     @property
     def phases(self) -> tuple[StepRange, ...]:

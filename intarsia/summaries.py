@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from intarsia.backends.phases import StepRange, title
+from intarsia.passes.integer_only import left_in_float
 from intarsia.report_facts import METRICS, figure
 from intarsia.units import amount, duration, growth, size, speed
 
@@ -85,6 +86,8 @@ def _graph(facts: Mapping[str, Any]) -> Lines:
     lines += ["", table(("work", "operations", "share"), by_class, right=2)]
     if facts["attention_sites"]:
         lines += ["", _attention(facts["attention_sites"])]
+    if facts.get("in_float") is not None:
+        lines += ["", *_arithmetic(facts["in_float"])]
     if "backend" in facts:
         lines += ["", *_taken(facts["backend"])]
     if "target" in facts:
@@ -185,7 +188,7 @@ def explained(explanation: Explanation, place: str | None) -> tuple[dict[str, ob
         told = [(str(row.phase), _steps(row), name, row.chosen or "not offered", row.why) for name, row in _alike(rows)]
         columns = ("phase", "steps", "place", "chosen", "why")
         first = 0 if many else 2
-        return data, [table(columns[first:], [row[first:] for row in told])]
+        return data, [table(columns[first:], [row[first:] for row in told]), *_arithmetic(explanation.in_float)]
     lines: list[str | Table] = []
     for row in rows:
         lines += [*([f"phase {row.phase}, steps {_steps(row)}"] if many else []), *_options(row)]
@@ -197,7 +200,7 @@ def _alike(rows: Sequence[Row]) -> Iterator[tuple[str, Row]]:
 
     def said(row: Row) -> tuple[object, ...]:
         site, of_heads, _ = row.place.partition("#")
-        return (site, row.phase, row.chosen, row.why) if of_heads else (row.place, row.phase)
+        return (site, row.phase, row.chosen, row.why) if of_heads else (row.place, row.phase, row.run)
 
     for _, group in groupby(rows, said):
         alike = list(group)
@@ -233,6 +236,7 @@ def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:
     """What a bundle holds and claims."""
     manifest, predicted, measured = bundle.manifest, bundle.manifest["predicted"], bundle.measurements
     target = manifest["target"]["name"]
+    in_float = left_in_float(variant.graph for variant in bundle.variants)
     facts: dict[str, object] = {
         "output": str(bundle.folder),
         "backends": list(bundle.engines),
@@ -244,6 +248,7 @@ def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:
         "predicted": predicted,
         "quality": manifest["quality"],
         "measured": measured,
+        **({} if in_float is None else {"in_float": list(in_float)}),
         "report": str(bundle.folder / "report.html"),
         **({"phases": [one.to_json() for one in bundle.phases]} if bundle.phases else {}),
     }
@@ -264,7 +269,7 @@ def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:
     lines += _phases(predicted, "predicted") + _phases(measured.get("engine", {}), "measured")
     quality = manifest["quality"]
     lines += _metrics(quality.get("metrics", {}), _bounds(str(quality.get("goal") or "")))
-    return facts, [*lines, f"report     {facts['report']}"]
+    return facts, [*lines, *_arithmetic(in_float), f"report     {facts['report']}"]
 
 
 def cut_short(bundle: Bundle) -> bool:
@@ -311,6 +316,16 @@ def _phases(facts: Mapping[str, Any], how: str) -> list[str]:
         for number, one in enumerate(each)
     ]
     return [*lines, f"loop       {duration(facts['loop_seconds'])}, {how}"] if each else []
+
+
+def _arithmetic(in_float: Sequence[str] | None) -> list[str]:
+    """Whether a network computes with integers alone, and what it leaves in float; nothing for a network in float."""
+    if in_float is None:
+        return []
+    if not in_float:
+        return ["integers   only, from where inputs are rounded to where outputs get their scale"]
+    count = f"{len(in_float)} operator{'s' * (len(in_float) > 1)}"
+    return [f"integers   not only, {count} left in float", *(f"           {line}" for line in in_float)]
 
 
 def _faster(before: float, after: float) -> str:

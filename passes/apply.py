@@ -20,11 +20,7 @@ def apply(plan: Plan, graph: Graph, target: Target, *, phase: int = 0) -> Graph:
         UsageError, SpecError: A pass of the plan is unknown.
         InvalidGraph: A pass broke the graph; the message names the node.
     """
-    if plan.graph != graph.fingerprint:
-        raise PlanError(
-            f"graph {graph.name}: its fingerprint is {graph.fingerprint}, the plan was made for {plan.graph}; "
-            "search again, or give the graph that the plan was made for"
-        )
+    check_graph(plan, graph)
     if not 0 <= phase < len(plan.phases):
         raise PlanError(f"phase {phase}: the plan has phases 0 to {len(plan.phases) - 1}")
     for step in plan.phases[phase].steps:
@@ -33,6 +29,15 @@ def apply(plan: Plan, graph: Graph, target: Target, *, phase: int = 0) -> Graph:
         graph = made.run(graph, target, step.chosen)
         verify(graph)
     return graph
+
+
+def check_graph(plan: Plan, graph: Graph) -> None:
+    """Raise PlanError if the plan was made for another graph."""
+    if plan.graph != graph.fingerprint:
+        raise PlanError(
+            f"graph {graph.name}: its fingerprint is {graph.fingerprint}, the plan was made for {plan.graph}; "
+            "search again, or give the graph that the plan was made for"
+        )
 
 
 def run_passes(texts: Sequence[str], graph: Graph, target: Target) -> Graph:

@@ -14,6 +14,7 @@ from intarsia.ir.spec import Spec, construct, spec_of
 from intarsia.ir.target import Target
 
 PASSES: dict[str, str] = {
+    "active-tokens": "intarsia.passes.active_tokens:ActiveTokens",
     "blend-means": "intarsia.passes.blend_means:BlendMeans",
     "calibrate": "intarsia.passes.calibrate:Calibrate",
     "cast-floats": "intarsia.passes.cast_floats:CastFloats",
@@ -54,6 +55,8 @@ class Pass(ABC):
     """
 
     name: ClassVar[str]
+    steers: ClassVar[bool] = False
+    """Whether what later passes ask hangs on its answers, which cost nothing themselves, as ranges do."""
 
     def choices(self, graph: Graph, target: Target) -> Choices:
         """The decisions this pass leaves open on ``graph``; the first option of each leaves things as they are."""
@@ -96,7 +99,9 @@ def check_chosen(pass_: Pass, graph: Graph, target: Target, chosen: Chosen) -> N
     choices = pass_.choices(graph, target)
     for place in chosen:
         if place not in choices:
-            raise PlanError(f"{pass_.name}: nothing to choose at %{place}; inspect the plan's graph")
+            reason = pass_.refusals(graph, target).get(place)
+            why = f": {reason}" if reason else "; inspect the plan's graph"
+            raise PlanError(f"{pass_.name}: nothing to choose at %{place}{why}")
     others = {place: option for place, option in chosen.items() if option not in choices[place]}
     for place, reason in (pass_.unlisted(graph, target, others) if others else {}).items():
         offers = choices[place]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.program import split_constant
 from intarsia.ir.types import TensorType
@@ -26,6 +28,14 @@ def integer_only(graph: Graph) -> tuple[str, ...]:
     _, dynamic = split_constant(graph)
     outside = _before(graph, dynamic) | _behind(graph, dynamic)
     return tuple(line for node in dynamic if node.name not in outside and (line := _line(node, graph)))
+
+
+def left_in_float(graphs: Iterable[Graph]) -> tuple[str, ...] | None:
+    """What ``integer_only`` lists of the graphs, each line once; None where there are integers in none of them."""
+    with_integers = [graph for graph in graphs if any(graph.find(INTO))]
+    if not with_integers:
+        return None
+    return tuple(dict.fromkeys(line for graph in with_integers for line in integer_only(graph)))
 
 
 def _before(graph: Graph, dynamic: tuple[Node, ...]) -> set[str]:

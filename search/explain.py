@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from intarsia.ir.graph import Graph
-from intarsia.ir.plan import Phase, Plan
+from intarsia.ir.plan import Chosen, Phase, Plan, Step
 from intarsia.ir.target import Target
+from intarsia.passes.apply import apply, check_graph
 from intarsia.passes.base import Pass, check_chosen, find_pass
+from intarsia.passes.integer_only import left_in_float
 from intarsia.passes.sparse_attention import SparseAttention
 from intarsia.search.explain_heads import Bargains, site_of, weigh_heads, why_head
-from intarsia.search.places import Place, open_places, price_places, refused_places
+from intarsia.search.places import Answers, Place, open_places, price_places, refused_places
 from intarsia.search.weighed import Weighed, share
+
+LOWERS = "lower-integer"
+"""The pass behind which a plan's network computes with integers."""
 
 Key = tuple[int, str]
 """A pass's number, and a place of it."""
@@ -39,14 +44,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A plan's decisions, place by place in execution order, and what the search knew as a whole."""
+    """A plan's decisions, place by place in execution order, and what the search knew as a whole.
+
+    Attributes:
+        in_float: What the phases leave in float, as ``integer_only`` lists it; None where no pass makes integers.
+    """
 
     rows: tuple[Row, ...]
     notes: Mapping[str, object]
+    in_float: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON values."""
-        return {"rows": [asdict(row) for row in self.rows], "notes": dict(self.notes)}
+        found: dict[str, object] = {"rows": [asdict(row) for row in self.rows], "notes": dict(self.notes)}
+        return found if self.in_float is None else {**found, "in_float": list(self.in_float)}
 
 
 def explain(plan: Plan, graph: Graph, target: Target, sizes: Mapping[str, int] | None = None) -> Explanation:
@@ -55,20 +66,24 @@ def explain(plan: Plan, graph: Graph, target: Target, sizes: Mapping[str, int] |
     A plan written by hand, or asked about for another target, has predicted costs and no errors.
 
     Raises:
-        PlanError: The plan asks for what a pass does not offer.
+        PlanError: The plan was made for another graph, or asks for what a pass does not offer.
         UsageError, SpecError: A pass of the plan is unknown.
         InvalidGraph: A named size has no value.
     """
+    check_graph(plan, graph)
     order = {node.name: number for number, node in enumerate(graph.nodes)}
-    questions: dict[tuple[str, ...], _Question] = {}
+    questions: dict[tuple[object, ...], _Question] = {}
     rows: list[Row] = []
     for number, phase in enumerate(plan.phases):
-        runs = tuple(step.run for step in phase.steps)
-        if runs not in questions:
-            questions[runs] = _Question.of(runs, graph, target, sizes or {})
-        of_phase = _rows(plan, number, questions[runs])
+        passes = tuple(find_pass(step.run) for step in phase.steps)
+        steered = tuple(
+            tuple(step.chosen.items()) if pass_.steers else () for pass_, step in zip(passes, phase.steps, strict=True)
+        )
+        if (passes, steered) not in questions:
+            questions[passes, steered] = _Question.of(passes, phase.steps, graph, target, sizes or {})
+        of_phase = _rows(plan, number, questions[passes, steered])
         rows += sorted(of_phase, key=lambda row: order.get(site_of(row.place), len(order)))
-    return Explanation(tuple(rows), plan.notes)
+    return Explanation(tuple(rows), plan.notes, _in_float(plan, graph, target))
 
 
 def noted(plan: Plan, phase: int = 0) -> dict[Key, tuple[Weighed, ...]]:
@@ -107,6 +122,7 @@ class _Question:
 
     Attributes:
         graphs: The graph that each pass is asked about.
+        answers: The plan's, to the passes on whose answers it hangs what others ask.
         priced: What options are predicted to bring, as far as it was asked.
     """
 
@@ -116,18 +132,25 @@ class _Question:
     sizes: Mapping[str, int]
     places: tuple[Place, ...]
     refused: tuple[tuple[int, str, str], ...]
+    answers: Answers
     priced: dict[tuple[int, str, tuple[str, ...]], tuple[Weighed, ...]]
 
     @classmethod
-    def of(cls, runs: Iterable[str], graph: Graph, target: Target, sizes: Mapping[str, int]) -> _Question:
-        passes = tuple(find_pass(run) for run in runs)
-        places = open_places(passes, graph, target)
-        refused = tuple(refused_places(passes, graph, target))
+    def of(
+        cls, passes: tuple[Pass, ...], steps: Sequence[Step], graph: Graph, target: Target, sizes: Mapping[str, int]
+    ) -> _Question:
+        answers: dict[int, Chosen] = {}
         graphs: list[Graph] = []
-        for pass_ in passes:
-            graphs.append(graph)
-            graph = pass_.run(graph, target, {})
-        return cls(passes, tuple(graphs), target, sizes, places, refused, {})
+        asked = graph
+        for number, (pass_, step) in enumerate(zip(passes, steps, strict=True)):
+            graphs.append(asked)
+            if pass_.steers:
+                check_chosen(pass_, asked, target, step.chosen)
+                answers[number] = step.chosen
+            asked = pass_.run(asked, target, answers.get(number, {}))
+        places = open_places(passes, graph, target, answers)
+        refused = tuple(refused_places(passes, graph, target, answers))
+        return cls(passes, tuple(graphs), target, sizes, places, refused, answers, {})
 
     def check(self, phase: Phase) -> None:
         """PlanError if the phase asks for what a pass does not offer."""
@@ -144,10 +167,13 @@ class _Question:
                 options = {place.name: place.options for place in asked}
                 found = weigh_heads(pass_, self.graphs[step], self.target, self.sizes, options)
                 self.priced.update(((step, place.name, place.options), found[place.name]) for place in asked)
+            elif pass_.steers:
+                for place in asked:
+                    free = tuple(Weighed(option, 0.0, 0, None) for option in place.options)
+                    self.priced[step, place.name, place.options] = free
             elif asked:
-                for place, prices in zip(
-                    asked, price_places(self.passes, self.graphs[0], self.target, asked, self.sizes), strict=True
-                ):
+                priced = price_places(self.passes, self.graphs[0], self.target, asked, self.sizes, answers=self.answers)
+                for place, prices in zip(asked, priced, strict=True):
                     self.priced[step, place.name, place.options] = tuple(
                         Weighed(option, price.seconds - prices[0].seconds, price.bytes - prices[0].bytes, None)
                         for option, price in zip(place.options, prices, strict=True)
@@ -170,12 +196,23 @@ def _rows(plan: Plan, phase: int, question: _Question) -> list[Row]:
     rows: list[Row] = []
     for (step, place), option in chosen.items():
         weighed = known[step, place]
-        reason = why_head(weighed, option, bargains[step]) if step in bargains else why(weighed, option, total)
+        if question.passes[step].steers:
+            reason = "later passes read it; it costs nothing itself"
+        elif step in bargains:
+            reason = why_head(weighed, option, bargains[step])
+        else:
+            reason = why(weighed, option, total)
         rows.append(Row(at.steps[step].run, place, option, weighed, reason, phase, (at.first, at.last)))
     return rows + [
         Row(at.steps[step].run, name, "", (), reason, phase, (at.first, at.last))
         for step, name, reason in question.refused
     ]
+
+
+def _in_float(plan: Plan, graph: Graph, target: Target) -> tuple[str, ...] | None:
+    """What the phases that make integers leave in float; None where there are none."""
+    lowered = [n for n, phase in enumerate(plan.phases) if any(step.run.startswith(LOWERS) for step in phase.steps)]
+    return left_in_float(apply(plan, graph, target, phase=number) for number in lowered)
 
 
 def _known(plan: Plan, phase: int, question: _Question, chosen: Mapping[Key, str]) -> dict[Key, tuple[Weighed, ...]]:

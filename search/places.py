@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from intarsia.ir.errors import UsageError
@@ -50,22 +51,33 @@ class Price:
 Answers = Mapping[int, Chosen]
 """The options chosen for each pass, by the pass's number; what is left out takes its first option."""
 
+NO_ANSWERS: Answers = MappingProxyType({})
 
-def open_places(passes: Sequence[Pass], graph: Graph, target: Target) -> tuple[Place, ...]:
-    """All open decisions, each pass asked about the graph that the passes before it make by their first options."""
+
+def open_places(
+    passes: Sequence[Pass], graph: Graph, target: Target, answers: Answers = NO_ANSWERS
+) -> tuple[Place, ...]:
+    """All open decisions, each pass asked about the graph that ``answers`` to the passes before it make."""
     found: list[Place] = []
-    for step, pass_ in enumerate(passes):
-        found += [Place(step, name, options) for name, options in pass_.choices(graph, target).items()]
-        graph = pass_.run(graph, target, {})
+    for step, (pass_, asked) in enumerate(zip(passes, asked_about(passes, graph, target, answers), strict=True)):
+        found += [Place(step, name, options) for name, options in pass_.choices(asked, target).items()]
     return tuple(found)
 
 
-def refused_places(passes: Sequence[Pass], graph: Graph, target: Target) -> Iterator[tuple[int, str, str]]:
+def refused_places(
+    passes: Sequence[Pass], graph: Graph, target: Target, answers: Answers = NO_ANSWERS
+) -> Iterator[tuple[int, str, str]]:
     """Where a pass looked and offers nothing: the pass's number, the place and the reason."""
-    for step, pass_ in enumerate(passes):
-        for name, reason in pass_.refusals(graph, target).items():
+    for step, (pass_, asked) in enumerate(zip(passes, asked_about(passes, graph, target, answers), strict=True)):
+        for name, reason in pass_.refusals(asked, target).items():
             yield step, name, reason
-        graph = pass_.run(graph, target, {})
+
+
+def asked_about(passes: Sequence[Pass], graph: Graph, target: Target, answers: Answers) -> Iterator[Graph]:
+    """The graph that each pass is asked about: what those before it make by ``answers``, first options otherwise."""
+    for step, pass_ in enumerate(passes):
+        yield graph
+        graph = pass_.run(graph, target, answers.get(step, {}))
 
 
 def run_passes(passes: Sequence[Pass], graph: Graph, target: Target, answers: Answers) -> Graph:
@@ -105,12 +117,18 @@ def cost(predicted: Priced, baseline: Priced, *, minimize: str) -> float:
 
 
 def price_places(
-    passes: Sequence[Pass], graph: Graph, target: Target, places: Sequence[Place], sizes: Mapping[str, int]
+    passes: Sequence[Pass],
+    graph: Graph,
+    target: Target,
+    places: Sequence[Place],
+    sizes: Mapping[str, int],
+    *,
+    answers: Answers = NO_ANSWERS,
 ) -> tuple[tuple[Price, ...], ...]:
-    """For each place, what the whole graph is predicted to cost by option, all other places left as they are."""
+    """For each place, what the whole graph is predicted to cost by option, all other places as in ``answers``."""
 
-    def price(answers: Answers) -> Price:
-        found = predict(run_passes(passes, graph, target, answers), target, sizes)
+    def price(more: Answers) -> Price:
+        found = predict(run_passes(passes, graph, target, {**answers, **more}), target, sizes)
         return Price(found.seconds, found.bytes)
 
     if not places:
