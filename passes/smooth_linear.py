@@ -40,7 +40,8 @@ class SmoothLinear(Pass):
     (through attention, as far as heads allow), a scale and shift of few numbers; where there is none of these it is one
     multiplication of the input. Factors of two leave each bit of the result as it was. ``search.smoothing`` finds them.
 
-    Sources: SmoothQuant (arXiv 2211.10438), section 4; QuaRot (arXiv 2404.00456), section 4.
+    Sources: SmoothQuant (arXiv 2211.10438), section 4; QuaRot (arXiv 2404.00456), section 4; the shift, of each channel
+    there, is Outlier Suppression+ (arXiv 2304.09145), section 3.
 
     Attributes:
         block: Channels that a rotation offered mixes, at most; fewer where their number is no multiple.

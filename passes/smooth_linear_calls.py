@@ -38,6 +38,21 @@ class Calls:
         """The weight (R, C) of a linear layer that reads changed channels, so that its result stays."""
         return self._map(self.ahead.setdefault(layer, []), f"{layer}.columns", Ref(weight), map_, sign=1)
 
+    def shifted(self, value: str, name: str, shift: float) -> str:
+        """The changed form ``name`` of a value less ``shift``, at run time."""
+        type_, into = self._type(Ref(value)), self.behind.setdefault(value, [])
+        return self._call(into, f"{value}.shifted", "aten.sub.Scalar", type_, {"self": Ref(name), "other": shift}).name
+
+    def bias(self, layer: str, weight: Ref, bias: Arg, shift: float) -> Ref:
+        """The bias (R) that makes up for ``shift`` less in all of the input of a layer of weight (R, C)."""
+        into, kind = self.ahead.setdefault(layer, []), self._type(weight)
+        type_ = replace(kind, shape=kind.shape[:1])
+        sums = self._call(into, f"{layer}.sums", "aten.sum.dim_IntList", type_, {"self": weight, "dim": (1,)})
+        made = self._call(into, f"{layer}.offset", "aten.mul.Scalar", type_, {"self": sums, "other": shift})
+        if not isinstance(bias, Ref):
+            return made
+        return self._call(into, f"{layer}.moved", "aten.add.Tensor", type_, {"self": made, "other": bias})
+
     def rows(self, owner: str, weight: Ref, map_: Map) -> Ref:
         """The weight (R, C) or (R), or the bias (R), of a linear layer or norm whose R results are to be changed."""
         into, name, type_ = self.ahead.setdefault(owner, []), f"{owner}.rows", self._type(weight)
@@ -65,7 +80,7 @@ class Calls:
 
     def _factors(self, factors: Factors, dtype: str, sign: int) -> Ref:
         """The factors or (-1) their inverses."""
-        key = (factors, sign, dtype)
+        key = (factors.digits, sign, dtype)
         if key not in self._known:
             name, type_ = "smooth.factors" if sign > 0 else "smooth.inverses", TensorType(dtype, (len(factors.digits),))
             given: dict[str, Arg] = {"self": self._whole(name, factors.digits, dtype, offset=-MIDDLE)}

@@ -36,10 +36,15 @@ class Rewriting:
         users = {user.name for user in self.before.users[value]}
         alone = users == set(layers) and value not in self.before.outputs
         name = self._changed(value, map_) if alone else self.calls.changed(value, map_)
+        shift = map_.shift if isinstance(map_, Factors) else 0.0
+        if shift:
+            name = self.calls.shifted(value, name, shift)
         for layer in layers:
             node = self.now[layer]
-            weight = self.calls.columns(layer, node.ref("weight"), map_)
-            self.now[layer] = replace(node, args={**node.args, "input": Ref(name), "weight": weight})
+            args = {**node.args, "input": Ref(name), "weight": self.calls.columns(layer, node.ref("weight"), map_)}
+            if shift:
+                args["bias"] = self.calls.bias(layer, args["weight"], node.args.get("bias"), shift)
+            self.now[layer] = replace(node, args=args)
 
     def graph(self) -> Graph:
         """What has become of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ ALPHAS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 
 ROWS = 2048
 """Rows of each value on which layers are compared, of all batches together."""
+
+LOPSIDED = 3.0
+"""A shift is tried where one end of a range is so many times as far from 0 as the other: it costs a call."""
 
 GAIN = 0.95
 """A change is made where it leaves at most this share of the error; a tie is not worth a call."""
@@ -133,8 +136,19 @@ class _Trial:
         for alpha in alphas if bool(known.any()) else ():
             exponents = alpha * value - (1 - alpha) * weight
             centered = torch.where(known, exponents - exponents[known].mean(), 0.0)
-            made[f"alpha={alpha}"] = Factors.nearest(centered.tolist())
-        return made | {str(Rotation(block)): Rotation(block) for block in blocks if self.place.channels % block == 0}
+            factors = Factors.nearest(centered.tolist())
+            made[f"alpha={alpha}"] = factors
+            if shift := self._shift(factors):
+                made[f"alpha={alpha}, shifted"] = replace(factors, shift=shift)
+        rotations = (Rotation(block) for block in blocks if self.place.channels % block == 0)
+        return made | {str(rotation): rotation for rotation in rotations}
+
+    def _shift(self, factors: Factors) -> float:
+        """The middle between the ends of what ``factors`` make of the value, where one end is nearer to 0 by far."""
+        changed = _applied(factors, torch.cat(self.seen.rows), inverse=False)
+        low, high = float(changed.min()), float(changed.max())
+        lopsided = max(abs(low), abs(high)) > LOPSIDED * min(abs(low), abs(high))
+        return float(f"{(low + high) / 2:.4g}") if lopsided else 0.0
 
     def error(self, map_: Map | None) -> float:
         """Squared error of the layers' results with all that is rounded, relative to their squares, summed."""
@@ -150,9 +164,10 @@ class _Trial:
             weight_bits, input_bits = BITS.get(option, BITS["w8a8"])
             onto = grid(taken.range(), input_bits)
             rounded = fake_quantize(changed, onto.scale, onto.low, onto.high)
-            columns = fake_quantize_channels(_applied(map_, weight, inverse=True), weight_bits)
-            exact = linear(rows, weight)
-            total += float((linear(rounded, columns) - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
+            columns = _applied(map_, weight, inverse=True)
+            exact = linear(changed, columns)
+            found = linear(rounded, fake_quantize_channels(columns, weight_bits))
+            total += float((found - exact).square().sum() / linear(rows, weight).square().sum().clamp_min(1e-30))
         return total
 
     def _weights(self) -> list[Tensor]:
@@ -166,8 +181,8 @@ def _applied(map_: Map | None, tensor: Tensor, *, inverse: bool) -> Tensor:
         case None:
             return tensor
         case Factors():
-            exponents = torch.tensor(map_.exponents)
-            return tensor * torch.exp2(exponents if inverse else -exponents)
+            factors = torch.exp2(torch.tensor(map_.exponents))
+            return tensor * factors if inverse else tensor / factors - map_.shift
         case Rotation(block):
             matrix = torch.ones(1, 1)
             while len(matrix) < block:
