@@ -29,7 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from intarsia.backends import onnx_islands
 from intarsia.backends.onnx_integers import IntegerWeights
+from intarsia.backends.onnx_islands import Islands
 from intarsia.backends.onnx_operators import private, translations
 from intarsia.backends.onnx_weights import Tape, value_of
 from intarsia.kernels.block_sparse_attention.gathers import Gathers, Piece
@@ -45,7 +47,8 @@ QUERIES = 256
 
 def spellings() -> Mapping[Callable[..., Any], Callable[..., Any]]:
     """How torch.onnx spells operators for ONNX Runtime, block-sparse attention as a call of the private domain."""
-    return {**translations(), torch.ops.intarsia.block_sparse_attention.default: _block_sparse_attention}
+    sparse = {torch.ops.intarsia.block_sparse_attention.default: _block_sparse_attention}
+    return {**translations(), **onnx_islands.translations(), **sparse}
 
 
 class RuntimeWeights(IntegerWeights):
@@ -53,7 +56,7 @@ class RuntimeWeights(IntegerWeights):
 
     def spellings(self) -> Mapping[str, Callable[[onnx_ir.Node, Tape], onnx_ir.Value]]:
         """What writes each call of the private domain on the tape and gives its answer."""
-        return {**super().spellings(), "block_sparse_attention": self.sparse}
+        return {**super().spellings(), **Islands(self).spellings(), "block_sparse_attention": self.sparse}
 
     def sparse(self, node: onnx_ir.Node, tape: Tape) -> onnx_ir.Value:
         """Attention of query (B, H, S, D) to the blocks of key and value (B, H, T, D): (B, H, S, D)."""

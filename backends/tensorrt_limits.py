@@ -37,6 +37,9 @@ LACKS: Mapping[str, str] = {
 }
 """Operators of PyTorch whose ONNX operator NVIDIA's parser does not have; on booleans the bitwise ones are others."""
 
+ISLANDS = ("intarsia.apply_table", "intarsia.integer_softmax", "intarsia.integer_norm", "intarsia.matmul_i8i8")
+"""What the pass ``integer-islands`` puts in place of floats."""
+
 _ON_BOOLEANS = ("aten.bitwise_and", "aten.bitwise_or", "aten.bitwise_xor", "aten.bitwise_not")
 _DYADIC = ("weight", "bias", "multiplier", "shift", "other_multiplier", "other_shift")
 
@@ -45,6 +48,10 @@ def why_not(node: Node, graph: Graph, target: Target) -> str | None:
     """An element type or an operator that TensorRT lacks, on this target or at all; None if it takes the call."""
     from intarsia.backends.tensorrt_model import SCALINGS
 
+    if node.op in ISLANDS:
+        return (
+            f"TensorRT has no shifts for {node.op}; leave integer-islands out of the plan, or use backend onnx or tvm"
+        )
     dtypes = list(_dtypes(node, graph))
     if takes_i16(node) and not _shows_i16(node, graph):
         dtypes = [dtype for dtype in dtypes if dtype != "i16"]

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.backends import tvm_attention, tvm_functions, tvm_integers, tvm_norms, tvm_operators, tvm_sparse
+from intarsia.backends import (
+    tvm_attention,
+    tvm_functions,
+    tvm_integers,
+    tvm_islands,
+    tvm_norms,
+    tvm_operators,
+    tvm_sparse,
+)
 from intarsia.backends import tvm_nodes as nodes
 
 
@@ -414,6 +422,7 @@ OWN: Mapping[str, tuple[str, dict[str, Any]]] = {
         f"{name}.default": ("integer_along", {"of": tvm_integers.OPERATORS[name]})
         for name in ("quantize_static", "dequantize_static", "requantize", "add_requantized", "avg_pool2d_i8")
     },
+    **{f"{name}.default": ("integer", {"of": of}) for name, of in tvm_islands.OPERATORS.items()},
     "cat.default": ("concatenated", {}),
     "conv2d_i8i8.default": ("integer_convolution", {"of": tvm_integers.OPERATORS["conv2d_i8i8"]}),
     "linear_i8.default": ("weight_only", {"of": tvm_integers.OPERATORS["linear_i8"]}),
