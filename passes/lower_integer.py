@@ -34,11 +34,13 @@ class LowerInteger(Pass):
         %x.i8.codes: i8[N, 64] = intarsia.quantize_static(input=%x, scale=0.01575, low=-128, high=127)
         %y.codes: i8[64, 64], %y.scale: f32[64] = intarsia.quantize_channels(weight=%w, bits=8)
         %y.multiplier: i32[64], %y.shift: i32[64] = intarsia.dyadic(scale=%y.scale, factor=0.5)
+        %y.exact.multiplier: i32[64], %y.exact.shift: i32[64] = intarsia.exact_dyadic(multiplier=%y.multiplier, ...)
         %relu.i8.codes: i8[N, 64] = intarsia.linear_i8i8(input=%x.i8.codes, weight=%y.codes, ..., low=0, high=127)
         %relu.i8: f32[N, 64] = intarsia.dequantize_static(input=%relu.i8.codes, scale=0.0315, dtype=torch.float32)
 
-    where only what float operators or the network's user read is dequantized. What has no integer form stays in float
-    between a ``dequantize_static`` and a ``quantize_static``; ``integer_only`` lists it. Integers and floats on the
+    where ``exact_dyadic`` takes numbers beside those given that f32 multiplies by exactly. Only what float operators or
+    the network's user read is dequantized. What has no integer form stays in float between a ``dequantize_static`` and a
+    ``quantize_static``; ``integer_only`` lists it. Integers and floats on the
     same grid differ by what rounding does: halves go up here and to even there, and a sum rounds each operand. Source:
     HAWQ-V3 (arXiv 2011.10680), equations 3 to 7 and 18.
     """

@@ -29,12 +29,14 @@ class QuantizeInteger(Pass):
     becomes, where ``w8a8`` is chosen at ``y``,
 
         %x.i8: f32[N, 64] = intarsia.fake_quantize(input=%x, scale=0.01575, low=-128, high=127)
-        %y.w8: f32[64, 64] = intarsia.fake_quantize_channels(weight=%w, bits=8)
-        %y.bias: f32[64] = intarsia.fake_quantize_bias(bias=%b, weight=%w, bits=8, input_scale=0.01575)
+        %y.w8: f32[64, 64] = intarsia.fake_quantize_channels(weight=%w, bits=8, grain=6.05e-05)
+        %y.bias: f32[64] = intarsia.fake_quantize_bias(bias=%b, weight=%w, bits=8, grain=6.05e-05, input_scale=0.01575)
         %y: f32[N, 64] = aten.linear(input=%x.i8, weight=%y.w8, bias=%y.bias)
         %y.i16: f32[N, 64] = intarsia.fake_quantize(input=%y, scale=0.000122, low=-32768, high=32767)
 
-    Weights are on a grid of each output channel, activations on one of the tensor, residual sums on one of 16 bits.
+    Weights are on a grid of each output channel, activations on one of the tensor, residual sums on one of 16 bits with
+    all that they add. Where a result has 16 bits, steps of the weight are multiples of a grain, so that f32 multiplies by
+    them exactly (docs/decisions/012-integer-forms.md).
     ``lower-integer`` turns it into integers. Source: HAWQ-V3 (arXiv 2011.10680), section 3.
 
     Attributes:
