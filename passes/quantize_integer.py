@@ -35,9 +35,8 @@ class QuantizeInteger(Pass):
         %y.i16: f32[N, 64] = intarsia.fake_quantize(input=%y, scale=0.000122, low=-32768, high=32767)
 
     Weights are on a grid of each output channel, activations on one of the tensor, residual sums on one of 16 bits with
-    all that they add. Where a result has 16 bits, steps of the weight are multiples of a grain, so that f32 multiplies by
-    them exactly (docs/decisions/012-integer-forms.md).
-    ``lower-integer`` turns it into integers. Source: HAWQ-V3 (arXiv 2011.10680), section 3.
+    all that they add. Where a result has 16 bits, steps of the weight are multiples of a grain, so that f32 multiplies
+    by them exactly (docs/decisions/012-integer-forms.md). ``lower-integer`` turns it into integers. Source: HAWQ-V3 (arXiv 2011.10680), section 3.
 
     Attributes:
         islands: Whether results of softmax, norms, functions and products of activations are on grids too, so that
