@@ -2,9 +2,10 @@
 
     conv2d_i8i8      QLinearConv, where its factors in f32 are proved to give what is defined (``onnx_exact``); else
                      MatMulInteger of patches, channels last; of few channels, or in groups, ConvInteger; requantized
-    linear_i8i8      MatMulInteger, requantized
-    requantize       Cast, Mul, Add, Clip, Cast: in f32 where that is proved to be exact, else in f64, else in i64
-    add_requantized  the same of each operand, with Floor in the middle, and Add, Clip
+    linear_i8i8      MatMulInteger, requantized; both MatMulIntegerToFloat, Clip, Floor where f32 loses nothing
+    requantize       QuantizeLinear where its division is proved to be exact; else
+                     Cast, Mul, Add, Clip, Cast: in f32 where that is proved to be exact, else in f64, else in i64
+    add_requantized  Add, Clip of integers of one grid in f32; else as ``requantize`` of each, Floor, then Add, Clip
 
 Products of u8 and i8 are summed in pairs of 16 bits on a machine without VNNI. They are used where no pair can leave
 them; else the weight is u8 too. Why these forms, and how fast they are: docs/decisions/007-onnx-integers.md.

@@ -40,8 +40,9 @@ class LowerInteger(Pass):
 
     where ``exact_dyadic`` takes numbers beside those given that f32 multiplies by exactly. Only what float operators or
     the network's user read is dequantized. What has no integer form stays in float between a ``dequantize_static`` and
-    a ``quantize_static``; ``integer_only`` lists it. Integers and floats on the same grid differ by what rounding does: halves go up here and to even there, and a sum rounds each operand. Source:
-    HAWQ-V3 (arXiv 2011.10680), equations 3 to 7 and 18.
+    a ``quantize_static``; ``integer_only`` lists it. Integers and floats on the same grid differ by
+    what rounding does: halves go up here and to even there, and a sum rounds each operand. Source: HAWQ-V3 (arXiv
+    2011.10680), equations 3 to 7 and 18.
     """
 
     name: ClassVar[str] = "lower-integer"

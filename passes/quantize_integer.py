@@ -36,7 +36,8 @@ class QuantizeInteger(Pass):
 
     Weights are on a grid of each output channel, activations on one of the tensor, residual sums on one of 16 bits with
     all that they add. Where a result has 16 bits, steps of the weight are multiples of a grain, so that f32 multiplies
-    by them exactly (docs/decisions/012-integer-forms.md). ``lower-integer`` turns it into integers. Source: HAWQ-V3 (arXiv 2011.10680), section 3.
+    by them exactly (docs/decisions/012-integer-forms.md). ``lower-integer`` turns it
+    into integers. Source: HAWQ-V3 (arXiv 2011.10680), section 3.
 
     Attributes:
         islands: Whether results of softmax, norms, functions and products of activations are on grids too, so that
