@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,27 @@ def test_sums_are_on_sixteen_bits_and_each_block_reads_the_sum_once_in_eight(
     producers = found.producers
     assert producers["three"].ref("input") == producers["down"].ref("input") == "sum.relu.i8"
     assert producers["sum"].inputs == ("two.i16", "pool")
+
+
+@pytest.mark.parametrize("small", [4.0, 0.01])
+def test_what_is_added_is_on_one_grid_unless_it_would_lose_bits(
+    small: float, residual: Graph, with_weights: Filled, calibrated: Calibrated, target: Target
+) -> None:
+    ranged = calibrated(with_weights(residual)).graph
+    nodes = [
+        replace(node, args={**node.args, "low": -small, "high": small})
+        if node.op == "intarsia.calibrated" and node.ref("input") == "three"
+        else node
+        for node in ranged.nodes
+    ]
+    found = QuantizeInteger().run(replace(ranged, nodes=tuple(nodes)), target, chosen(ranged, target, "w8a8"))
+    rounded = found.producers
+    scales = {name: rounded[f"{name}.i16"].args["scale"] for name in ("three", "down", "join.relu")}
+    assert scales["down"] == scales["join.relu"]
+    assert (scales["three"] == scales["down"]) is (small > 1)
+    steps = scales["three"], rounded["sum.relu.i8"].args["scale"]
+    assert rounded["three.w8"].args["grain"] == pytest.approx(steps[0] / steps[1] / 128)
+    assert "grain" not in rounded["one.w8"].args
 
 
 def test_four_bits_are_signed_where_something_is_negative(
