@@ -48,15 +48,11 @@ def why_not(node: Node, graph: Graph, target: Target) -> str | None:
     """An element type or an operator that TensorRT lacks, on this target or at all; None if it takes the call."""
     from intarsia.backends.tensorrt_model import SCALINGS
 
-    if node.op in ISLANDS:
-        return (
-            f"TensorRT has no shifts for {node.op}; leave integer-islands out of the plan, or use backend onnx or tvm"
-        )
     dtypes = list(_dtypes(node, graph))
     if takes_i16(node) and not _shows_i16(node, graph):
         dtypes = [dtype for dtype in dtypes if dtype != "i16"]
-    if bad := next((dtype for dtype in dtypes if dtype not in TYPES), None):
-        return f"TensorRT has no {bad}, only {', '.join(TYPES)}; cast before, such as with pass cast-floats"
+    if reason := _no_type(node, dtypes):
+        return reason
     if "f8e4m3" in dtypes and _capability(target.architecture) < 89:
         return f"f8e4m3 needs sm_89 or later, and {target.name} is {target.architecture}; use i8 or f16"
     lacking = LACKS.get(".".join(node.op.split(".")[:2]))
@@ -70,6 +66,18 @@ def why_not(node: Node, graph: Graph, target: Target) -> str | None:
     if node.op in ON_INTEGERS and "i8" in dtypes:
         return None
     return None if node.op in (*SCALINGS, *OPS) else OnnxBackend().why_not(node, graph, target)
+
+
+def _no_type(node: Node, dtypes: list[str]) -> str | None:
+    """An element type that TensorRT lacks, or all that an integer island computes in."""
+    if node.op in ISLANDS:
+        return (
+            f"TensorRT has no shifts for {node.op}; leave integer-islands out of the plan, or use backend onnx or tvm"
+        )
+    bad = next((dtype for dtype in dtypes if dtype not in TYPES), None)
+    if bad is None:
+        return None
+    return f"TensorRT has no {bad}, only {', '.join(TYPES)}; cast before, such as with pass cast-floats"
 
 
 def _shows_i16(node: Node, graph: Graph) -> bool:
