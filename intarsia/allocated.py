@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from intarsia.backends.base import Engine
 from intarsia.backends.by_step import TIMESTEP
+from intarsia.backends.phases import StepRange
+from intarsia.backends.runner import LoopTiming, Timing, bench
 from intarsia.ir.allocation import Allocation
-from intarsia.ir.errors import UsageError
+from intarsia.ir.errors import PlanError, UsageError
 from intarsia.ir.graph import Graph, Value
 from intarsia.ir.operators import DTYPES
 from intarsia.ir.plan import Plan
@@ -58,6 +60,40 @@ def _zeros(value: Value) -> Tensor:
     return torch.zeros([int(dim) for dim in value.type.shape], dtype=DTYPES[value.type.dtype])
 
 
+def step_inputs(
+    graph: Graph, own: Sequence[Tensor], count: int, *, run: Callable[..., tuple[Tensor, ...]] | None = None
+) -> tuple[Tensor, ...]:
+    """Inputs of a step that computes ``count`` tokens, evenly spread.
+
+    Args:
+        graph: Of active tokens.
+        own: The model's own inputs.
+        run: Runs the graph, so that caches hold what a step of all tokens left there; they are zeros without it.
+    """
+    found = StepInputs.of(graph)
+    assert found is not None
+    tokens = tokens_of(graph)
+    clock = (torch.zeros(1), torch.zeros(tokens)) if found.clocked else ()
+    caches = found.empty()
+    if run is not None:
+        with torch.no_grad():
+            answer = run(*own, torch.arange(tokens), *clock, *caches)
+        caches = tuple(answer[len(answer) - len(caches) :])
+    return (*own, torch.arange(count) * tokens // count, *clock, *caches)
+
+
+def _active_size(graph: Graph) -> str:
+    """The named size that counts active tokens."""
+    return str(graph.type(ACTIVE).shape[0])
+
+
+def tokens_of(graph: Graph) -> int:
+    """N, all tokens of a graph of active tokens."""
+    (size,) = (size for size in graph.sizes if size.name == _active_size(graph))
+    assert size.maximum is not None
+    return size.maximum
+
+
 def allocation_of(plan: Plan | None) -> Allocation | None:
     """The budget of tokens that a plan's ``active-tokens`` names; None where no pass of it is one."""
     for step in (step for phase in plan.phases for step in phase.steps) if plan else ():
@@ -74,6 +110,47 @@ def grid_of(graph: Graph) -> TokenGrid:
     frames, height, width = (factor.axis for factor in places.video)
     layout = places.layout
     return TokenGrid((frames, height, width), (layout.frames, layout.height, layout.width))
+
+
+def denoising(engine: Engine, graph: Graph, plan: Plan | None, sampler: FlowMatchEuler | None, model: Graph) -> Engine:
+    """The engine as a sampler calls it; itself where its graph computes all tokens.
+
+    Args:
+        graph: What the engine was built from.
+        plan: Names the budget of tokens.
+        sampler: Of the loop.
+        model: The graph that the plan was made for.
+
+    Raises:
+        PlanError: The graph computes active tokens, and the model has no loop.
+    """
+    if StepInputs.of(graph) is None:
+        return engine
+    allocation = allocation_of(plan)
+    if allocation is None or sampler is None:
+        raise PlanError(f"{graph.name}: active tokens need the sampler's steps, and the model has no sampler")
+    return AllocatedEngine(engine, graph, allocation, sampler, grid_of(model))
+
+
+def loop_timing(engine: AllocatedEngine, own: Sequence[Tensor], *, repeats: int = 20) -> LoopTiming:
+    """How long the calls of a loop take: steps that compute as many tokens are timed once, others take nothing."""
+    counts = [round(share * engine.grid.count) for share in engine.allocation.shares_by_step(engine.sampler.steps)]
+    first: dict[int, int] = {}
+    ranges: list[StepRange] = []
+    timesteps = engine.sampler.timesteps()
+    for step, count in enumerate(counts):
+        if ranges and counts[ranges[-1].first] == count:
+            ranges[-1] = replace(ranges[-1], last=step, timesteps=(ranges[-1].timesteps[0], timesteps[step]))
+        else:
+            program = first.setdefault(count, len(ranges))
+            ranges.append(StepRange(step, step, program, (timesteps[step], timesteps[step])))
+    assert isinstance(engine.engine, Engine)
+    nothing = Timing(0.0, 0.0, 0.0, 0, engine.device)
+    timed = {
+        count: bench(engine.engine, step_inputs(engine.graph, own, count), repeats=repeats) if count else nothing
+        for count in first
+    }
+    return LoopTiming(tuple(ranges), tuple(timed[counts[one.first]] for one in ranges))
 
 
 @dataclass

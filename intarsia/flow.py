@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from intarsia import subject as subjects
-from intarsia.backends.base import Backend, find_backend
+from intarsia.allocated import StepInputs, denoising, step_inputs, tokens_of
+from intarsia.backends.base import Backend, Engine, find_backend
 from intarsia.backends.bundle import Bundle, Chosen, load_bundle
 from intarsia.backends.making import Build, Planned
 from intarsia.backends.null import NullEngine
@@ -21,6 +22,7 @@ from intarsia.backends.runner import bench_loop, denoiser
 from intarsia.backends.verify import VerifyReport, verify_bundle
 from intarsia.evidence import evidence, sample_inputs, verify_phases, verify_quality
 from intarsia.ir.errors import NoGain, UsageError
+from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program, example_inputs, materialize
 from intarsia.ir.spec import Spec, construct
@@ -43,6 +45,7 @@ from intarsia.timing import measured_seconds
 
 if TYPE_CHECKING:
     from intarsia.ir.exported import Dynamic
+    from intarsia.models.base import Model
     from intarsia.models.sampler import Denoise
 
 PASSES = ("quantize-linear",)
@@ -281,14 +284,14 @@ def export(
         target=machine,
         phases=made.phases,
         later=programs,
-        inputs=sample_inputs(subject),
+        inputs=_sample(subject, made.first),
         sampler=sampler.to_json() if sampler else None,
-        predicted=predicted(subject, made, machine),
+        predicted=predicted(subject, made, plan, machine),
         command=command,
         config=config or {},
         evidence=lambda chosen: evidence(
             subject,
-            chosen,
+            chosen and _stepping(chosen, made.first.graph, plan, subject),
             changed=plan is not None,
             phases=made.phases,
             goal=goal,
@@ -423,7 +426,7 @@ def run(
     sampler = FlowMatchEuler.from_json(bundle.sampler)
     progress.start("videos", len(asked) * sampler.steps)
     chosen = bundle.choose(engine, reference=reference)
-    denoise = cast("Denoise", denoiser(chosen.engine, bundle.graph))
+    denoise = cast("Denoise", denoiser(*_denoising(bundle, chosen, model, sampler)))
     videos = subjects.sampled(denoise, bundle.graph, model, sampler, asked, seed=seed, progress=progress)
     progress.finish()
     return write_videos(videos, asked, output), chosen
@@ -460,6 +463,29 @@ def bench(
     progress.finish()
     facts = {"what": str(subject), "engine": title, "why": why, **timing.to_json()}
     return {**facts, "threads": torch.get_num_threads()}
+
+
+def _sample(subject: Subject, program: Program) -> tuple[Tensor, ...] | None:
+    """The model's own example inputs; a graph of active tokens gets half of them, and caches that hold something."""
+    own = sample_inputs(subject)
+    if StepInputs.of(program.graph) is None or program.is_meta:
+        return own
+    own = own or example_inputs(subject.program.graph)
+    return step_inputs(program.graph, own, tokens_of(program.graph) // 2, run=program.module())
+
+
+def _stepping(chosen: Chosen, graph: Graph, plan: Plan | None, subject: Subject) -> Chosen:
+    """The engine as the model's sampler calls it."""
+    sampler = subject.model.sampler if subject.model else None
+    return replace(chosen, engine=denoising(chosen.engine, graph, plan, sampler, subject.program.graph))
+
+
+def _denoising(bundle: Bundle, chosen: Chosen, model: Model, sampler: FlowMatchEuler) -> tuple[Engine, Graph]:
+    """A bundle's engine as its sampler calls it, and the graph whose inputs it takes."""
+    if StepInputs.of(bundle.graph) is None:
+        return chosen.engine, bundle.graph
+    graph = subjects.resolve(model.name, meta=True).program.graph
+    return denoising(chosen.engine, bundle.graph, bundle.plan, sampler, graph), graph
 
 
 def _built_with(backends: Sequence[Backend], program: Program, target: Target) -> Planned:

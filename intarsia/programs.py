@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from intarsia.allocated import StepInputs, allocation_of, tokens_of
 from intarsia.backends.by_step import require_phases
 from intarsia.backends.phases import StepRange, step_ranges
 from intarsia.backends.sharing import share_weights
@@ -13,8 +14,9 @@ from intarsia.ir.plan import Plan
 from intarsia.ir.program import Program, materialize
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
+from intarsia.passes.active_tokens import ACTIVE
 from intarsia.passes.apply import apply
-from intarsia.search.roofline import predict
+from intarsia.search.roofline import Prediction, predict
 from intarsia.subject import Subject, smallest_sizes
 
 
@@ -48,6 +50,8 @@ def planned(subject: Subject, plan: Plan | None, target: Target) -> Programs:
     if plan is None:
         return Programs({0: materialize(subject.program)})
     graphs = [apply(plan, graph, target, phase=number) for number in range(len(plan.phases))]
+    if len(graphs) > 1 and any(map(StepInputs.of, graphs)):
+        raise PlanError("plan: active-tokens has caches that go from step to step; give it one phase")
     alike = [graphs.index(one) for one in graphs]
     phases = plan_ranges(subject, plan, programs=alike)
     made = {number: materialize(replace(subject.program, graph=graphs[number])) for number in sorted(set(alike))}
@@ -72,14 +76,18 @@ def plan_ranges(subject: Subject, plan: Plan, *, programs: list[int] | None = No
     return ranges
 
 
-def predicted(subject: Subject, made: Programs, target: Target) -> dict[str, object]:
+def predicted(subject: Subject, made: Programs, plan: Plan | None, target: Target) -> dict[str, object]:
     """Seconds a call and weight bytes that the cost model gives the unchanged model and the planned one.
 
-    With phases, the seconds are the mean over the loop's calls, and a weight of several programs counts once.
+    With phases, and where steps compute some of the tokens, the seconds are the mean over the loop's steps; a weight
+    of several programs counts once.
     """
     sizes = smallest_sizes(subject.program.graph)
     before = predict(subject.program.graph, target, sizes)
-    each = {number: predict(program.graph, target, sizes) for number, program in made.programs.items()}
+    if StepInputs.of(made.first.graph):
+        each = {0: _mean_step(subject, made.first, plan, target)}
+    else:
+        each = {number: predict(program.graph, target, sizes) for number, program in made.programs.items()}
     facts: dict[str, object] = {
         "seconds": each[0].seconds,
         "bytes": each[0].bytes,
@@ -97,3 +105,16 @@ def predicted(subject: Subject, made: Programs, target: Target) -> dict[str, obj
         "loop_seconds": loop,
         "phases": [{"first": one.first, "last": one.last, "seconds": each[one.program].seconds} for one in made.phases],
     }
+
+
+def _mean_step(subject: Subject, program: Program, plan: Plan | None, target: Target) -> Prediction:
+    """What a step costs in the mean over a loop whose steps compute some of the tokens."""
+    allocation, sampler = allocation_of(plan), subject.model.sampler if subject.model else None
+    if allocation is None or sampler is None:
+        raise PlanError(f"{subject.name} has no sampler, whose steps active-tokens allocates")
+    tokens = tokens_of(program.graph)
+    counts = [round(share * tokens) for share in allocation.shares_by_step(sampler.steps)]
+    sizes = smallest_sizes(program.graph)
+    each = {count: predict(program.graph, target, {**sizes, ACTIVE: count}) for count in {*counts, tokens} if count}
+    seconds = sum(each[count].seconds for count in counts if count) / sampler.steps
+    return replace(each[tokens], seconds=seconds)

@@ -7,10 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-from torch import Tensor
-
-from intarsia.allocated import AllocatedEngine, StepInputs, grid_of
+from intarsia.allocated import AllocatedEngine, grid_of, step_inputs
 from intarsia.backends.base import Engine, find_backend
 from intarsia.backends.runner import bench
 from intarsia.evidence import sample_inputs
@@ -102,18 +99,8 @@ class StepBench:
             (size,) = (size for size in graph.sizes if size.name.startswith("active"))
             return predict(graph, self.target, {size.name: count}).seconds
         graph, engine = self._engine(caches)
-        return bench(engine, step_inputs(self.subject, graph, count), repeats=self.repeats, warmup=1).seconds
-
-
-def step_inputs(subject: Subject, graph: Graph, count: int) -> tuple[Tensor, ...]:
-    """Inputs of a step that computes ``count`` tokens, evenly spread; caches are zeros."""
-    found = StepInputs.of(graph)
-    assert found is not None
-    tokens = grid_of(subject.program.graph).count
-    own = sample_inputs(subject) or example_inputs(subject.program.graph)
-    active = torch.arange(count) * tokens // count
-    clock = (torch.zeros(1), torch.zeros(tokens)) if found.clocked else ()
-    return (*own, active, *clock, *found.empty())
+        own = sample_inputs(self.subject) or example_inputs(self.subject.program.graph)
+        return bench(engine, step_inputs(graph, own, count), repeats=self.repeats, warmup=1).seconds
 
 
 def _between(share: float, shares: tuple[float, ...], seconds: list[float]) -> float:
