@@ -47,7 +47,9 @@ QUERIES = 256
 
 def spellings() -> Mapping[Callable[..., Any], Callable[..., Any]]:
     """How torch.onnx spells operators for ONNX Runtime, block-sparse attention as a call of the private domain."""
-    sparse = {torch.ops.intarsia.block_sparse_attention.default: _block_sparse_attention}
+    sparse: Mapping[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.intarsia.block_sparse_attention.default: _block_sparse_attention
+    }
     return {**translations(), **onnx_islands.translations(), **sparse}
 
 

@@ -77,8 +77,8 @@ def plan_values(ranged: Ranged, input_bits: Mapping[str, int], *, islands: bool 
         elif role == JOIN and (parts := joined(node)):
             ask(node, parts, dict.fromkeys(parts, kept[node.name]))
         elif role == ISLAND and found[node.name].kind == island_roles.PRODUCT:
-            names = found[node.name].reads
-            ask(node, names, {name: _measured(name, ranged, LEAST) for name in names})
+            reads = found[node.name].reads
+            ask(node, reads, {name: _measured(name, ranged, LEAST) for name in reads})
         elif role == SCALED and below:
             factor = found[node.name].factor
             finer = [replace(one, scale=one.scale / factor) for one in asked.get(node.name, [])]

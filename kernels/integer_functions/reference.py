@@ -42,4 +42,4 @@ def apply_table(input: Tensor, table: Tensor, low: int = -128, high: int = 127) 
     place, part = (wide + 2**15) >> SEGMENT, wide & (2**SEGMENT - 1)
     total = known[place] * (2**SEGMENT - part) + known[place + 1] * part
     rounded = (total + 2 ** (SEGMENT + FRACTION - 1)) >> (SEGMENT + FRACTION)
-    return rounded.clamp(low, high).to(integer_dtype(low, high))
+    return torch.clamp(rounded, low, high).to(integer_dtype(low, high))

@@ -13,7 +13,8 @@ def exponentials(scale: float, bits: int) -> Tensor:
     """e**(-``scale`` * d) with 30 digits for d from 0 to 255, for 16 bits after those for 256 * d: (256) or (512)."""
     fine = torch.arange(256)
     steps = fine if bits == 8 else torch.cat([256 * fine, fine])
-    return (torch.exp(-scale * steps.double()) * 2**ONE).round().to(torch.int32)
+    powers: Tensor = torch.exp(-scale * steps.double()) * 2**ONE
+    return powers.round().to(torch.int32)
 
 
 def integer_softmax(
