@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from intarsia.ir.allocation import Allocation
 from intarsia.ir.errors import Unsupported
-from intarsia.ir.graph import Arg, Graph, Node, Ref, Symbol, Value
-from intarsia.ir.operators import DTYPES
+from intarsia.ir.graph import Graph, Node, Ref, Value
 from intarsia.ir.plan import Chosen
 from intarsia.ir.rewrite import drop_unused, fresh, renamed
 from intarsia.ir.sizes import Size
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
+from intarsia.passes.active_caches import LARGEST, Caches
 from intarsia.passes.active_rules import by_rows, pieces
-from intarsia.passes.attention_sites import DENSE
+from intarsia.passes.active_tape import Tape
+from intarsia.passes.attention_sites import DENSE, Site
 from intarsia.passes.base import Pass
 from intarsia.passes.fuse_attention import OP as FUSED
-from intarsia.passes.token_places import Place, TokenPlaces, restricted
+from intarsia.passes.token_places import Place, TokenPlaces
 
 ACTIVE = "active"
 """The input that tells which tokens are active, and the named size that counts them."""
-
-ELAPSED, RATE = "elapsed", "rate"
-"""The inputs of a step that moves caches along: the noise level less that of the last step (1), and for each token
-one over the noise level less that at which it was last active (N), 0 where it never was."""
 
 CACHES = ("held", "linear")
 
@@ -57,11 +55,16 @@ class ActiveTokens(Pass):
     With ``caches="linear"`` keys and values of tokens that are not active move on as they moved before: beside each
     cache there is one for its slope over the noise level, and ``%elapsed`` and ``%rate`` say how far to go.
 
+    With ``cache_dtype="i8"`` or ``"f8e4m3"`` caches of keys and values, and of their slopes, are stored in eight bits,
+    with a scale for each token and head. Attention reads them in the model's own type, and active tokens as they were
+    computed; so the dense step stays what it is.
+
     Source: Chu and Patel, Heterogeneous Step Allocation, 2026 (KV-cache synchronization, cached velocity); the paper
     gives no rewriting, and its caches are held: the rewriting and what moves caches along are ours.
     """
 
     caches: str = "held"
+    cache_dtype: str = ""
     allocation: str = ""
 
     name: ClassVar[str] = "active-tokens"
@@ -69,8 +72,24 @@ class ActiveTokens(Pass):
     def __post_init__(self) -> None:
         if self.caches not in CACHES:
             raise ValueError(f"caches is {self.caches!r}; it is {' or '.join(CACHES)}")
+        if self.cache_dtype and self.cache_dtype not in LARGEST:
+            raise ValueError(
+                f"cache_dtype is {self.cache_dtype!r}; it is {' or '.join(LARGEST)}, or left out for the model's own"
+            )
         if self.allocation:
             Allocation.parse(self.allocation)
+
+    def refusals(self, graph: Graph, target: Target) -> dict[str, str]:
+        """Every attention, for none of which there is a choice: where its tokens lie, or why it is no self-attention.
+
+        Of a graph that the pass cannot take, the reason why.
+        """
+        try:
+            self.run(graph, target, {})
+        except Unsupported as error:
+            return {graph.name: str(error)}
+        places = TokenPlaces(graph)
+        return {name: f"no choice: {_told(found, places)}" for name, found in places.attention.items()}
 
     def run(self, graph: Graph, target: Target, chosen: Chosen) -> Graph:
         """The graph with active tokens and caches; itself if it has them.
@@ -80,7 +99,18 @@ class ActiveTokens(Pass):
         """
         if any(value.name == ACTIVE for value in graph.inputs):
             return graph
-        return _Rewriting(graph, TokenPlaces(graph), linear=self.caches == "linear").graph()
+        return _Rewriting(graph, TokenPlaces(graph), linear=self.caches == "linear", dtype=self.cache_dtype).graph()
+
+
+def _told(found: Site | str, places: TokenPlaces) -> str:
+    """What becomes of an attention."""
+    if isinstance(found, str):
+        return f"active queries; {found}"
+    layout, place = found.layout, places.of(found.query)
+    assert place is not None
+    beside = f", {place.others} others beside them" if place.others else ""
+    extents = f"{layout.frames} x {layout.height} x {layout.width}"
+    return f"{places.count:,} tokens ({extents}) on axis {place.dim} of its queries{beside}; keys and values cached"
 
 
 class _Rewriting:
@@ -90,33 +120,35 @@ class _Rewriting:
     what ``_whole`` finds: the value as it was, where it does not depend on attention, and its cache otherwise.
     """
 
-    def __init__(self, graph: Graph, places: TokenPlaces, *, linear: bool) -> None:
-        self.before, self.places, self.linear = graph, places, linear
-        self.taken = set(graph.values)
-        self.size = fresh(ACTIVE, {size.name for size in graph.sizes})
-        self.active = Value(ACTIVE, TensorType("i64", (self.size,)))
-        self.clock = (Value(ELAPSED, TensorType("f32", (1,))), Value(RATE, TensorType("f32", (places.count,))))
-        self.nodes: list[Node] = []
+    def __init__(self, graph: Graph, places: TokenPlaces, *, linear: bool, dtype: str) -> None:
+        self.before, self.places = graph, places
+        size = fresh(ACTIVE, {size.name for size in graph.sizes})
+        self.tape = Tape(graph.values, active=ACTIVE, size=size, tokens=places.count)
+        self.caches = Caches(self.tape, linear=linear, dtype=dtype)
         self.now: dict[str, str] = {}
         self.whole: dict[str, str] = {}
         self.seen: dict[str, str] = {}
-        self.rates: dict[tuple[Place, TensorType], str] = {}
-        self.caches: list[Value] = []
-        self.next: list[str] = []
-        self.fresh_rows: dict[tuple[str, Place], str] = {}
-        self.indices: dict[tuple[int, int], str] = {(0, 0): ACTIVE}
+        self.selected: dict[tuple[str, Place], str] = {}
         self.attended: set[str] = set()
         self.mixed: dict[str, str] = {}
 
     def graph(self) -> Graph:
-        before = self.before
+        before, tape, caches = self.before, self.tape, self.caches
+        for node in before.nodes:
+            if _attends(node) and node.op not in (DENSE, FUSED):
+                raise Unsupported(
+                    f"step allocation: %{node.name} is {node.op}; it goes before passes that change attention"
+                )
         for node in before.nodes:
             self._take(node)
         outputs = tuple(self._whole(name) for name in before.outputs)
-        size = Size(self.size, 1, self.places.count)
-        inputs = (*before.inputs, self.active, *(self.clock if self.linear else ()), *self.caches)
+        active = Value(ACTIVE, TensorType("i64", (tape.size,)))
         made = replace(
-            before, inputs=inputs, nodes=tuple(self.nodes), outputs=(*outputs, *self.next), sizes=(*before.sizes, size)
+            before,
+            inputs=(*before.inputs, active, *caches.clock, *caches.inputs),
+            nodes=tuple(tape.nodes),
+            outputs=(*outputs, *caches.after),
+            sizes=(*before.sizes, Size(tape.size, 1, self.places.count)),
         )
         return drop_unused(made)
 
@@ -126,7 +158,7 @@ class _Rewriting:
         if any(name in self.attended for name in node.inputs):
             self.attended.update(value.name for value in node.outputs)
         told = known | {value.name: place for value in node.outputs if (place := self.places.of(value.name))}
-        if node.args.keys() >= {"query", "key", "value"} and known:
+        if _attends(node) and (known or any(name in self.mixed for name in node.inputs)):
             self._attention(node)
         elif not known:
             self._as_it_is(node)
@@ -148,27 +180,23 @@ class _Rewriting:
             reason = f"%{node.name} ({node.op}) mixes tokens or moves them to other axes"
         if reason is not None:
             self.mixed.update((value.name, reason) for value in node.outputs)
-        self.nodes.append(_using(node, names))
+        self.tape.nodes.append(_using(node, names))
 
     def _put(self, node: Node, names: dict[str, str]) -> None:
         """The call on active tokens, its results typed so."""
         self._refuse_mixed(node)
         outputs = tuple(self._restricted(value) for value in node.outputs)
-        self.nodes.append(replace(_using(node, names), outputs=outputs))
+        self.tape.nodes.append(replace(_using(node, names), outputs=outputs))
         self.now.update((value.name, value.name) for value in outputs)
 
     def _restricted(self, value: Value) -> Value:
         place = self.places.of(value.name)
         if place is None or not isinstance(value.type, TensorType):
             return value
-        return Value(value.name, replace(value.type, shape=restricted(value.type.shape, place, self.size)))
+        return Value(value.name, self.tape.few(value.type, place))
 
     def _attention(self, node: Node) -> None:
         """Active queries; keys and values of all tokens, those of active ones written into the cache."""
-        if node.op not in (DENSE, FUSED):
-            raise Unsupported(
-                f"step allocation: %{node.name} is {node.op}; it goes before passes that change attention"
-            )
         if node.args.get("is_causal"):
             raise Unsupported(
                 f"step allocation: %{node.name} is causal, and active queries are not all that come before"
@@ -192,7 +220,7 @@ class _Rewriting:
         rows = len(self.before.type(name).shape) - 2
         if place is None or rows < 0 or self.places.shape(name)[rows] == 1:
             return self._whole(name)
-        return self._selected(self._whole(name), replace(place, dim=rows), self.before.type(name), name)
+        return self._selected(self._whole(name), replace(place, dim=rows), name)
 
     def _refuse_mixed(self, node: Node) -> None:
         for name in node.inputs:
@@ -208,148 +236,50 @@ class _Rewriting:
             return self.now[name]
         if name in self.attended or name in self.mixed:
             raise Unsupported(f"step allocation: where the tokens of %{name} lie is not known; {_WHAT_TO_DO}")
-        return self._selected(name, place, self.before.type(name), name)
+        return self._selected(name, place, name)
 
-    def _selected(self, source: str, place: Place, type_: TensorType, name: str) -> str:
-        """The active tokens of a value that is whole."""
-        if (name, place) not in self.fresh_rows:
-            made = replace(type_, shape=restricted(type_.shape, place, self.size))
-            args: dict[str, Arg] = {"self": Ref(source), "dim": place.dim, "index": Ref(self._index(place))}
-            self.fresh_rows[name, place] = self._new("aten.index_select", f"{name}.active", made, args)
-        return self.fresh_rows[name, place]
+    def _selected(self, source: str, place: Place, name: str) -> str:
+        """The active tokens of a value that is whole under the name ``source``."""
+        if (name, place) not in self.selected:
+            self.selected[name, place] = self.tape.select(source, self.before.type(name), place, name=name)
+        return self.selected[name, place]
 
     def _whole(self, name: str) -> str:
         """The value with all tokens: as it was, or from its cache where attention came before."""
         if name in self.whole or name not in self.now or self.places.of(name) is None:
             return self.whole.get(name, name)
-        self.whole[name] = self._synchronized(name) if name in self.attended else self._again(name)
+        if name in self.attended:
+            self.whole[name] = self._synchronized(name, self.caches.held)
+        else:
+            self._again(name)
         return self.whole[name]
 
     def _seen(self, name: str) -> str:
         """Keys or values of all tokens, from their cache."""
         if name not in self.seen:
-            self.seen[name] = self._synchronized(name, moving=self.linear)
+            self.seen[name] = self._synchronized(name, self.caches.seen)
         return self.seen[name]
 
-    def _synchronized(self, name: str, *, moving: bool = False) -> str:
-        """The cache of a value with its active tokens written into it; the others as they were, or moved along."""
-        place, type_ = self._place(name), self.before.type(name)
-        rows, index = self._rows(name, place), self._index(place)
-        cache = self._cache(f"{name}.cache", type_)
-        where: dict[str, Arg] = {"dim": place.dim, "index": Ref(index)}
-        if not moving:
-            return self._next(f"{name}.next", type_, {"self": Ref(cache), **where, "source": Ref(rows)})
-        slope = self._cache(f"{name}.slope", type_)
-        step = self._new(
-            "aten.mul.Tensor", f"{name}.step", type_, {"self": Ref(slope), "other": Ref(self._as(ELAPSED, type_))}
-        )
-        moved = self._new("aten.add.Tensor", f"{name}.moved", type_, {"self": Ref(cache), "other": Ref(step)})
-        whole = self._next(f"{name}.next", type_, {"self": Ref(moved), **where, "source": Ref(rows)})
-        learnt = self._learnt(name, rows, moved, slope)
-        self._next(f"{name}.slope.next", type_, {"self": Ref(slope), **where, "source": Ref(learnt)})
-        return whole
+    def _synchronized(self, name: str, through: Callable[[str, str, TensorType, Place], str]) -> str:
+        """A value of all tokens whose active ones are computed, and whose others come from a cache."""
+        place = self.places.of(name)
+        assert place is not None
+        return through(name, self._rows(name, place), self.before.type(name), place)
 
-    def _learnt(self, name: str, rows: str, moved: str, slope: str) -> str:
-        """The slopes of active tokens: what they were, and what they missed over the way since."""
-        place, type_ = self._place(name), self.before.type(name)
-        few = replace(type_, shape=restricted(type_.shape, place, self.size))
-        taken = {key: self._few(key, few, place) for key in (moved, slope)}
-        missed = self._new("aten.sub.Tensor", f"{name}.missed", few, {"self": Ref(rows), "other": Ref(taken[moved])})
-        rate = self._rate(place, type_)
-        turn = self._new("aten.mul.Tensor", f"{name}.turn", few, {"self": Ref(missed), "other": Ref(rate)})
-        return self._new("aten.add.Tensor", f"{name}.learnt", few, {"self": Ref(taken[slope]), "other": Ref(turn)})
-
-    def _few(self, name: str, type_: TensorType, place: Place) -> str:
-        args: dict[str, Arg] = {"self": Ref(name), "dim": place.dim, "index": Ref(self._index(place))}
-        return self._new("aten.index_select", f"{name}.active", type_, args)
-
-    def _rate(self, place: Place, type_: TensorType) -> str:
-        """The rate of active tokens, 0 for all beside the video, shaped to stand at ``place``."""
-        key = (place, type_)
-        if key not in self.rates:
-            total = self.places.count + place.others
-            behind = len(type_.shape) - 1 - place.dim
-            padded = RATE
-            if place.others:
-                zeros = [self._zeros(count) for count in (place.before, place.after) if count]
-                parts = (zeros[:1] if place.before else []) + [RATE] + (zeros[-1:] if place.after else [])
-                joined: dict[str, Arg] = {"tensors": tuple(map(Ref, parts)), "dim": 0}
-                padded = self._new("aten.cat", f"{RATE}.tokens", TensorType("f32", (total,)), joined)
-            few = TensorType("f32", restricted((total,), replace(place, dim=0), self.size))
-            taken = self._few(padded, few, replace(place, dim=0))
-            shape = (*few.shape, *(1,) * behind)
-            args: dict[str, Arg] = {"self": Ref(taken), "size": (-1, *(1,) * behind)}
-            made = self._new("aten.view", f"{RATE}.shaped", TensorType("f32", shape), args)
-            self.rates[key] = self._as(made, type_)
-        return self.rates[key]
-
-    def _zeros(self, count: int) -> str:
-        args: dict[str, Arg] = {"size": (count,), "dtype": Symbol("torch.float32")}
-        return self._new("aten.zeros", f"{RATE}.text", TensorType("f32", (count,)), args)
-
-    def _as(self, name: str, like: TensorType) -> str:
-        """A number of the clock in the element type of a cache."""
-        if like.dtype == "f32":
-            return name
-        found = next((node for node in self.nodes if node.name == name), None)
-        type_ = found.type if found else TensorType("f32", (1,))
-        args: dict[str, Arg] = {"self": Ref(name), "dtype": Symbol(str(DTYPES[like.dtype]))}
-        return self._new("aten._to_copy", f"{name}.{like.dtype}", replace(type_, dtype=like.dtype), args)
-
-    def _cache(self, name: str, type_: TensorType) -> str:
-        self.caches.append(Value(self._free(name), type_))
-        return self.caches[-1].name
-
-    def _next(self, name: str, type_: TensorType, args: dict[str, Arg]) -> str:
-        self.next.append(self._new("aten.index_copy", name, type_, args))
-        return self.next[-1]
-
-    def _again(self, name: str) -> str:
+    def _again(self, name: str) -> None:
         """The value of all tokens, computed a second time: no attention comes before it."""
         node = self.before.producers[name]
         names = {used: self._whole(used) for used in node.inputs}
-        outputs = tuple(replace(value, name=self._free(f"{value.name}.whole")) for value in node.outputs)
-        self.nodes.append(replace(_using(node, names), outputs=outputs))
+        outputs = tuple(replace(value, name=self.tape.free(f"{value.name}.whole")) for value in node.outputs)
+        self.tape.nodes.append(replace(_using(node, names), outputs=outputs))
         self.whole.update((old.name, new.name) for old, new in zip(node.outputs, outputs, strict=True))
-        return self.whole[name]
-
-    def _place(self, name: str) -> Place:
-        place = self.places.of(name)
-        assert place is not None
-        return place
-
-    def _index(self, place: Place) -> str:
-        """Which places of an axis are computed: the active tokens of the video, and all others."""
-        key = (place.before, place.after)
-        if key not in self.indices:
-            total = self.places.count + place.others
-            parts = [self._range(0, place.before)] if place.before else []
-            shift: dict[str, Arg] = {"self": Ref(ACTIVE), "other": place.before}
-            video = self._new("aten.add.Tensor", f"{ACTIVE}.{place.before}", self.active.type, shift)
-            parts.append(video if place.before else ACTIVE)
-            parts += [self._range(total - place.after, total)] if place.after else []
-            joined: dict[str, Arg] = {"tensors": tuple(map(Ref, parts)), "dim": 0}
-            type_ = TensorType("i64", (f"{self.size} + {place.others}",))
-            self.indices[key] = self._new("aten.cat", f"{ACTIVE}.tokens", type_, joined)
-        return self.indices[key]
-
-    def _range(self, first: int, last: int) -> str:
-        args: dict[str, Arg] = {"start": first, "end": last, "dtype": Symbol("torch.int64")}
-        return self._new("aten.arange.start", f"{ACTIVE}.text", TensorType("i64", (last - first,)), args)
-
-    def _new(self, op: str, name: str, type_: object, args: dict[str, Arg]) -> str:
-        assert isinstance(type_, TensorType)
-        value = Value(self._free(name), type_)
-        self.nodes.append(Node(op, args, (value,)))
-        return value.name
-
-    def _free(self, name: str) -> str:
-        free = fresh(name, self.taken)
-        self.taken.add(free)
-        return free
 
 
 _WHAT_TO_DO = "explain --pass active-tokens lists where they do"
+
+
+def _attends(node: Node) -> bool:
+    return node.args.keys() >= {"query", "key", "value"}
 
 
 def _using(node: Node, names: dict[str, str]) -> Node:
