@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from intarsia.backends.base import Backend
+from intarsia.backends.onnx import OnnxBackend
+from intarsia.backends.tvm import TvmBackend
 from intarsia.ir.execute import check_types
 from intarsia.ir.exported import trace
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program, example_inputs, materialize
-from intarsia.ir.target import Target
+from intarsia.ir.target import Target, load_target
 from intarsia.passes.clean import Clean
 from intarsia.passes.conformance import check_pass
 from intarsia.passes.integer_islands import IntegerIslands
@@ -88,6 +92,19 @@ def test_a_block_of_a_transformer_is_integer_only(
     assert (between - expected).norm() < 0.03 * expected.norm()
     assert (found - between).norm() < 0.01 * expected.norm()
     assert not any(value.type.dtype.startswith("f") for value in materialize(integers).graph.params)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("backend", [OnnxBackend(), TvmBackend()], ids=["onnx", "tvm"])
+def test_a_block_gives_the_same_bits_in_every_engine(
+    backend: Backend, calibrated: Calibrated, target: Target, tmp_path: Path
+) -> None:
+    program = on_grids(calibrated(block(nn.LayerNorm, nn.GELU(), target)), target)
+    integers = materialize(Program(IntegerIslands().run(program.graph, target, {}), program.weights))
+    inputs = example_inputs(program.graph, seed=1)
+    pytest.importorskip(backend.name)
+    files = backend.build(integers, load_target("cpu-avx2"), tmp_path).files
+    (found,) = backend.load(tmp_path, files)(*inputs)
+    assert torch.equal(found, answer(integers, inputs))
 
 
 def test_the_pass_keeps_its_promises(calibrated: Calibrated, target: Target) -> None:
