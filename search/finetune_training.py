@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from intarsia.ir.errors import QualityError, UsageError
+from intarsia.ir.errors import QualityError, Unsupported, UsageError
 from intarsia.ir.program import Program, materialize
 from intarsia.ir.target import load_target
 from intarsia.passes.base import find_pass
@@ -95,7 +96,7 @@ class Training:
             output, taught, labels = self.network(call.inputs), self._taught(call), _on(call.labels, self.how.device)
             check(call, output, self.how.loss)
             loss = self.how.loss(output, taught, labels) / len(calls)
-            loss.backward()  # type: ignore[no-untyped-call]
+            differentiate(loss)
             value += float(loss.detach())
         if not math.isfinite(value):
             raise self._diverged(f"the loss of step {self.position.step + 1} is {value}")
@@ -144,6 +145,19 @@ def _teacher(program: Program, device: str) -> Network:
     graph = find_pass(FOLD).run(program.graph, load_target("null"), {})
     ready = materialize(Program(graph, program.weights))
     return Network(ready, frozen=frozenset(param.name for param in ready.graph.params), device=device)
+
+
+def differentiate(loss: Tensor) -> None:
+    """Add up gradients; Unsupported for an operator that has none."""
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        found = re.search(r"backward through (\S+?)(?:\.default)? but no autograd", str(error))
+        if found is None:
+            raise
+        raise Unsupported(
+            f"fine-tuning: {found[1]} has no gradient; give a plan that leaves out the pass that puts it there"
+        ) from error
 
 
 def _on(labels: Tensor | None, device: str) -> Tensor | None:

@@ -138,7 +138,7 @@ def test_a_graph_of_fixed_calls_adds_their_gradients_up(program: Program, intars
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--data", "nowhere"), "--data nowhere: expected a folder, an .npy or .npz file, or loader.py:function"),
+        (("--data", "nowhere"), "--data nowhere: there is no such file or folder"),
         (("--labels", "few.npy"), "--labels few.npy: has 95 labels; there are 96 samples"),
         (("--labels", "x.npy"), "--labels x.npy: holds float32 (96, 12); expected one whole number a sample"),
         (("--labels", "high.npy"), "fine-tuning: labels lie from 4 to 4; the network has classes 0 to 3"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from intarsia.ir import execute
-from intarsia.ir.errors import PlanError, QualityError, UsageError
+from intarsia.ir.errors import PlanError, QualityError, Unsupported, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program, materialize
@@ -23,6 +23,7 @@ from intarsia.search.finetune import Recipe, Tuned, finetune, rounded
 from intarsia.search.finetune_loss import Call, Loss
 from intarsia.search.finetune_network import Network, statistics
 from intarsia.search.finetune_state import CHECKPOINT, LOG
+from intarsia.search.finetune_training import differentiate
 
 GRAPH = Graph.parse("""graph g {
   size N in [1, inf]
@@ -248,6 +249,18 @@ def test_a_loss_that_is_not_finite_stops_it_and_the_checkpoint_stays(
 def test_labels_that_do_not_fit(program: Program, plan: Plan, tmp_path: Path, labels: Tensor, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         tuned(program, plan, tmp_path / "out", data=lambda epoch: [Call((pictures(1, 32),), labels)])
+
+
+def test_an_operator_without_a_gradient_is_named() -> None:
+    graph = Graph.parse("""graph g {
+      input %x: f32[1, 4, 8]
+      param %gate: f32[1, 1, 8]
+      %y: f32[1, 4, 8] = intarsia.gated_residual(residual=%x, input=%x, gate=%gate)
+      return %y
+    }""")
+    output = Network(Program(graph, {"gate": torch.ones(1, 1, 8)}))((torch.ones(1, 4, 8),))
+    with pytest.raises(Unsupported, match=r"intarsia\.gated_residual has no gradient; give a plan that leaves out"):
+        differentiate(output.sum())
 
 
 def test_no_data(program: Program, plan: Plan, tmp_path: Path) -> None:
