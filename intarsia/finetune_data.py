@@ -42,7 +42,7 @@ class Samples:
         digest = sha256()
         for tensor in (*self.inputs, *([] if self.labels is None else [self.labels])):
             digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:12]
 
     def taken(self, rows: Tensor) -> Samples:

@@ -84,7 +84,8 @@ class _Rounded(torch.autograd.Function):
 def _called(node: Node, table: Mapping[str, Any]) -> tuple[Any, ...]:
     if node.op == ROUNDING and table[node.ref("input")].dtype == torch.float32:
         args = node.args
-        return (_Rounded.apply(table[node.ref("input")], args["scale"], args["low"], args["high"]),)
+        made = _Rounded.apply(table[node.ref("input")], args["scale"], args["low"], args["high"])  # type: ignore[no-untyped-call]
+        return (made,)
     return call(node, table)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,6 +177,37 @@ def test_what_does_not_fit_is_one_line(program: Program, intarsia: Run, options:
     assert message in told.stderr
     assert len([line for line in told.stderr.splitlines() if "error" in line]) <= 1
     assert not Path("out/weights.safetensors").exists()
+
+
+def test_a_process_that_was_killed_goes_on_and_ends_with_the_same_bytes(
+    program: Program, intarsia: Run, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    lines = (
+        "import os, signal, torch",
+        "def data(epoch):",
+        "    for number in range(4):",
+        "        if (epoch, number) == (1, 2) and os.path.exists('armed'):",
+        "            os.remove('armed')",
+        "            os.kill(os.getpid(), signal.SIGKILL)",
+        "        yield torch.randn(8, 12, generator=torch.Generator().manual_seed(10 * epoch + number))",
+    )
+    Path("loader.py").write_text("\n".join(lines))
+    words = ["finetune", "small.graph", "--plan", "plan.json", "--data", "loader.py:data", "--steps", "12"]
+    assert intarsia(*words, "-o", "whole").exit_code == 0
+    Path("armed").touch()
+    often = "import intarsia.search.finetune_training as training; training.CHECKPOINT_SECONDS = 0.0"
+    killed = start(*words, "-o", "torn", before=often)
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert not Path("torn/weights.safetensors").exists()
+    told = intarsia(*words, "-o", "torn")
+    assert told.exit_code == 0, told.stderr
+    assert Path("torn/weights.safetensors").read_bytes() == Path("whole/weights.safetensors").read_bytes()
+    losses = [
+        [json.loads(line)["loss"] for line in Path(f, "log.jsonl").read_text().splitlines()] for f in ("whole", "torn")
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 12
 
 
 def test_numbers_that_overflow_stop_it_with_exit_code_4(program: Program, intarsia: Run) -> None:
