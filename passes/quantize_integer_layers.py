@@ -122,7 +122,7 @@ def _why_no_layer(node: Node, ranged: Ranged, weights: set[str]) -> str | None:
     if isinstance(bias, Ref) and bias.name not in weights:
         return "bias depends on the model's inputs; only weights are rounded at build time"
     if weight.dtype != "f32":
-        return f"weight is {weight}; integer layers are made of f32"
+        return f"weight is {weight}; integer layers are made of f32, so trace the model in it (module.float())"
     if len(weight.shape) != axes or not all(isinstance(extent, int) for extent in weight.shape):
         return f"weight is {weight}; {node.op} takes {axes} fixed extents"
     if axes == 4 and len(graph.type(node.ref("input")).shape) != 4:

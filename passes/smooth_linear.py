@@ -38,10 +38,12 @@ class SmoothLinear(Pass):
     and ``rotate(block=64)`` multiplies neighbouring channels and the weight's columns by a Hadamard matrix, which is
     its own inverse. The input's side goes where it costs nothing: into the affine of a norm, the rows of a linear layer
     (through attention, as far as heads allow), a scale and shift of few numbers; where there is none of these it is one
-    multiplication of the input. Factors of two leave each bit of the result as it was. ``search.smoothing`` finds them.
+    multiplication of the input. ``smooth(factors='...', shifts='...', unit=0.01)`` also subtracts a number from each
+    channel, which the bias adds again: grids are symmetric, and what a GELU gives is not. ``search.smoothing`` finds
+    factors and shifts.
 
-    Sources: SmoothQuant (arXiv 2211.10438), section 4; QuaRot (arXiv 2404.00456), section 4; the shift, of each channel
-    there, is Outlier Suppression+ (arXiv 2304.09145), section 3.
+    Sources: SmoothQuant (arXiv 2211.10438), section 4; QuaRot (arXiv 2404.00456), section 4; Outlier Suppression+
+    (arXiv 2304.09145), section 3, for the shifts.
 
     Attributes:
         block: Channels that a rotation offered mixes, at most; fewer where their number is no multiple.

@@ -38,17 +38,18 @@ class Calls:
         """The weight (R, C) of a linear layer that reads changed channels, so that its result stays."""
         return self._map(self.ahead.setdefault(layer, []), f"{layer}.columns", Ref(weight), map_, sign=1)
 
-    def shifted(self, value: str, name: str, shift: float) -> str:
-        """The changed form ``name`` of a value less ``shift``, at run time."""
+    def shifted(self, value: str, name: str, factors: Factors) -> str:
+        """The changed form ``name`` of a value less the shifts, at run time."""
         type_, into = self._type(Ref(value)), self.behind.setdefault(value, [])
-        return self._call(into, f"{value}.shifted", "aten.sub.Scalar", type_, {"self": Ref(name), "other": shift}).name
+        given: dict[str, Arg] = {"self": Ref(name), "other": self._offsets(factors, type_.dtype)}
+        return self._call(into, f"{value}.shifted", "aten.sub.Tensor", type_, given).name
 
-    def bias(self, layer: str, weight: Ref, bias: Arg, shift: float) -> Ref:
-        """The bias (R) that makes up for ``shift`` less in all of the input of a layer of weight (R, C)."""
+    def bias(self, layer: str, weight: Ref, bias: Arg, factors: Factors) -> Ref:
+        """The bias (R) that makes up for the shifts of what a layer of weight (R, C) reads."""
         into, kind = self.ahead.setdefault(layer, []), self._type(weight)
         type_ = replace(kind, shape=kind.shape[:1])
-        sums = self._call(into, f"{layer}.sums", "aten.sum.dim_IntList", type_, {"self": weight, "dim": (1,)})
-        made = self._call(into, f"{layer}.offset", "aten.mul.Scalar", type_, {"self": sums, "other": shift})
+        given: dict[str, Arg] = {"self": weight, "vec": self._offsets(factors, kind.dtype)}
+        made = self._call(into, f"{layer}.offset", "aten.mv", type_, given)
         if not isinstance(bias, Ref):
             return made
         return self._call(into, f"{layer}.moved", "aten.add.Tensor", type_, {"self": made, "other": bias})
@@ -88,6 +89,16 @@ class Calls:
                 self.first, f"{name}.exponents", "aten.mul.Scalar", type_, given | {"other": sign / STEPS}
             )
             self._known[key] = self._call(self.first, name, "aten.exp2", type_, {"self": exponents})
+        return self._known[key]
+
+    def _offsets(self, factors: Factors, dtype: str) -> Ref:
+        """The shifts."""
+        key = (factors.shifts, factors.unit, dtype)
+        if key not in self._known:
+            steps = self._whole("smooth.shifts", factors.shifts, dtype, offset=-MIDDLE)
+            type_ = TensorType(dtype, (len(factors.shifts),))
+            given: dict[str, Arg] = {"self": steps, "other": factors.unit}
+            self._known[key] = self._call(self.first, "smooth.shifts", "aten.mul.Scalar", type_, given)
         return self._known[key]
 
     def _hadamard(self, rotation: Rotation, dtype: str) -> Ref:

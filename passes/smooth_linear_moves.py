@@ -36,14 +36,15 @@ class Rewriting:
         users = {user.name for user in self.before.users[value]}
         alone = users == set(layers) and value not in self.before.outputs
         name = self._changed(value, map_) if alone else self.calls.changed(value, map_)
-        shift = map_.shift if isinstance(map_, Factors) else 0.0
-        if shift:
-            name = self.calls.shifted(value, name, shift)
+        shifted = map_ if isinstance(map_, Factors) and map_.shifts else None
+        if shifted:
+            name = self.calls.shifted(value, name, shifted)
         for layer in layers:
             node = self.now[layer]
-            args = {**node.args, "input": Ref(name), "weight": self.calls.columns(layer, node.ref("weight"), map_)}
-            if shift:
-                args["bias"] = self.calls.bias(layer, args["weight"], node.args.get("bias"), shift)
+            weight = self.calls.columns(layer, node.ref("weight"), map_)
+            args = {**node.args, "input": Ref(name), "weight": weight}
+            if shifted:
+                args["bias"] = self.calls.bias(layer, weight, node.args.get("bias"), shifted)
             self.now[layer] = replace(node, args=args)
 
     def graph(self) -> Graph:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,8 +26,10 @@ ALPHAS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 ROWS = 2048
 """Rows of each value on which layers are compared, of all batches together."""
 
-LOPSIDED = 3.0
-"""A shift is tried where one end of a range is so many times as far from 0 as the other: it costs a call."""
+SHIFTED = "shifted"
+
+WORTH = 0.75
+"""A shift is made where it leaves at most this share of the error that is left without: it costs one more call."""
 
 GAIN = 0.95
 """A change is made where it leaves at most this share of the error; a tie is not worth a call."""
@@ -102,18 +104,26 @@ def smooth(
 
 @dataclass
 class _Seen:
-    """What is kept of a value: the largest magnitude of each channel (C), and some rows (R, C)."""
+    """What is kept of a value: the least and the largest number of each channel (C), and some rows (R, C)."""
 
-    largest: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
     rows: list[Tensor] = field(default_factory=list)
 
     def take(self, rows: Tensor) -> None:
         """Take in rows (N, C) of one batch."""
-        largest = rows.abs().amax(0)
-        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+        low, high = rows.amin(0), rows.amax(0)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
         self.rows.append(_spread(rows, ROWS))
         if len(self.rows) > 1:
             self.rows = [_spread(part, max(1, ROWS // len(self.rows))) for part in self.rows]
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Least and largest numbers."""
+        assert self.low is not None
+        assert self.high is not None
+        return self.low, self.high
 
 
 @dataclass(frozen=True)
@@ -128,27 +138,18 @@ class _Trial:
 
     def maps(self, alphas: Sequence[float], blocks: Sequence[int]) -> dict[str, Map | None]:
         """What is tried, by name; None leaves things as they are."""
-        assert self.seen.largest is not None
-        value = self.seen.largest.log2()
+        low, high = self.seen.ends()
         weight = torch.stack([found.abs().amax(0) for found in self._weights()]).amax(0).log2()
-        known = torch.isfinite(value) & torch.isfinite(weight)
         made: dict[str, Map | None] = {KEEP: None}
-        for alpha in alphas if bool(known.any()) else ():
-            exponents = alpha * value - (1 - alpha) * weight
-            centered = torch.where(known, exponents - exponents[known].mean(), 0.0)
-            factors = Factors.nearest(centered.tolist())
-            made[f"alpha={alpha}"] = factors
-            if shift := self._shift(factors):
-                made[f"alpha={alpha}, shifted"] = replace(factors, shift=shift)
+        for alpha in alphas:
+            exponents = _exponents(torch.maximum(high, -low).log2(), weight, alpha)
+            made[f"alpha={alpha}"] = Factors.nearest(exponents.tolist())
+            exponents = _exponents(((high - low) / 2).log2(), weight, alpha)
+            factors = torch.exp2(torch.tensor(Factors.nearest(exponents.tolist()).exponents))
+            middles = (low + high) / 2 / factors
+            made[f"alpha={alpha}, {SHIFTED}"] = Factors.nearest(exponents.tolist(), middles.tolist())
         rotations = (Rotation(block) for block in blocks if self.place.channels % block == 0)
         return made | {str(rotation): rotation for rotation in rotations}
-
-    def _shift(self, factors: Factors) -> float:
-        """The middle between the ends of what ``factors`` make of the value, where one end is nearer to 0 by far."""
-        changed = _applied(factors, torch.cat(self.seen.rows), inverse=False)
-        low, high = float(changed.min()), float(changed.max())
-        lopsided = max(abs(low), abs(high)) > LOPSIDED * min(abs(low), abs(high))
-        return float(f"{(low + high) / 2:.4g}") if lopsided else 0.0
 
     def error(self, map_: Map | None) -> float:
         """Squared error of the layers' results with all that is rounded, relative to their squares, summed."""
@@ -182,7 +183,9 @@ def _applied(map_: Map | None, tensor: Tensor, *, inverse: bool) -> Tensor:
             return tensor
         case Factors():
             factors = torch.exp2(torch.tensor(map_.exponents))
-            return tensor * factors if inverse else tensor / factors - map_.shift
+            if inverse:
+                return tensor * factors
+            return tensor / factors - torch.tensor(map_.offsets) if map_.shifts else tensor / factors
         case Rotation(block):
             matrix = torch.ones(1, 1)
             while len(matrix) < block:
@@ -220,7 +223,18 @@ def _spread(rows: Tensor, most: int) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, most).round().long()]
 
 
+def _exponents(value: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """Binary logarithms of factors of mean 0; 0 for a channel whose values or weights are all zero."""
+    known = torch.isfinite(value) & torch.isfinite(weight)
+    exponents = alpha * value - (1 - alpha) * weight
+    mean = exponents[known].mean() if bool(known.any()) else 0.0
+    return torch.where(known, exponents - mean, 0.0)
+
+
 def _least(errors: Mapping[str, float]) -> str:
-    """What leaves the least error; nothing unless the gain is worth it."""
-    found = min(errors, key=errors.__getitem__)
+    """What leaves the least error; less of a change unless the gain is worth it."""
+    plain = {name: error for name, error in errors.items() if not name.endswith(SHIFTED)}
+    found, shifted = min(plain, key=plain.__getitem__), min(errors, key=errors.__getitem__)
+    if errors[shifted] <= WORTH * errors[found]:
+        found = shifted
     return found if errors[found] <= GAIN * errors[KEEP] and errors[KEEP] > 0 else KEEP

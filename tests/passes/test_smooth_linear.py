@@ -9,13 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from intarsia import flow
 from intarsia.ir.errors import PlanError, SpecError
+from intarsia.ir.execute import check_types
 from intarsia.ir.exported import trace
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program, materialize
 from intarsia.ir.target import Target
 from intarsia.passes.base import check_chosen
+from intarsia.passes.calibrate import Calibrate
+from intarsia.passes.calibrate import places as calibrated_places
 from intarsia.passes.conformance import check_pass
+from intarsia.passes.integer_only import integer_only
+from intarsia.passes.lower_integer import LowerInteger
+from intarsia.passes.quantize_integer import QuantizeInteger
 from intarsia.passes.smooth_linear import SmoothLinear, places
 from intarsia.passes.smooth_linear_maps import Factors, Rotation, map_of
 
@@ -68,20 +75,23 @@ def _ready(program: Program, target: Target, chosen: Mapping[str, str]) -> Progr
     return materialize(Program(SmoothLinear().run(program.graph, target, chosen), program.weights))
 
 
-def _factors(graph: Graph, *, shift: float = 0.0) -> dict[str, str]:
-    """Random factors for every place."""
+def _factors(graph: Graph, *, shifted: bool = False) -> dict[str, str]:
+    """Random factors, and shifts, for every place."""
     generator = torch.Generator().manual_seed(7)
-    exponents = {place.value: torch.randn(place.channels, generator=generator) * 3 for place in places(graph)}
-    return {value: str(Factors(Factors.nearest(found.tolist()).digits, shift)) for value, found in exponents.items()}
+    found: dict[str, str] = {}
+    for place in places(graph):
+        exponents, offsets = (torch.randn(2, place.channels, generator=generator) * 3).tolist()
+        found[place.value] = str(Factors.nearest(exponents, offsets if shifted else ()))
+    return found
 
 
 def _added(before: Program, after: Program) -> list[str]:
     return [node.op for node in after.graph.nodes if node.name not in before.graph.producers]
 
 
-@pytest.mark.parametrize("shift", [0.0, 1.5])
-def test_factors_leave_the_answer_as_it_was(block: Program, target: Target, shift: float) -> None:
-    after = _ready(block, target, _factors(block.graph, shift=shift))
+@pytest.mark.parametrize("shifted", [False, True])
+def test_factors_leave_the_answer_as_it_was(block: Program, target: Target, shifted: bool) -> None:
+    after = _ready(block, target, _factors(block.graph, shifted=shifted))
     (expected,), (found,) = block.module()(*_inputs()), after.module()(*_inputs())
     assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
 
@@ -128,8 +138,8 @@ def test_behind_a_modulated_norm_the_scale_and_the_shift_are_multiplied_which_ar
 
 def test_behind_a_gelu_the_input_is_multiplied(block: Program, target: Target) -> None:
     place = _place(block, "down")
-    after = _ready(block, target, {place: _factors(block.graph, shift=0.5)[place]})
-    assert _added(block, after) == ["aten.mul.Tensor", "aten.sub.Scalar"]
+    after = _ready(block, target, {place: _factors(block.graph, shifted=True)[place]})
+    assert _added(block, after) == ["aten.mul.Tensor", "aten.sub.Tensor"]
     assert after.graph.producers["down.linear"].args["bias"] is not None
 
 
@@ -168,10 +178,10 @@ def test_the_pass_keeps_its_promises(
 
 
 def test_options_read_back_as_they_were_written() -> None:
-    for option in ("smooth(factors='AZaz09-_')", "smooth(factors='gg', shift=-0.25)", "rotate(block=32)"):
+    for option in ("smooth(factors='AZaz09-_')", "smooth(factors='gg', shifts='fh', unit=0.25)", "rotate(block=32)"):
         assert str(map_of(option)) == option
     assert Factors.nearest([0.0, 1.0, -1.0, 0.26, 100.0, -100.0]).exponents == (0.0, 1.0, -1.0, 0.25, 7.75, -8.0)
-    assert Factors.of("g").exponents == (0.0,)
+    assert Factors.nearest([0.0, 0.0], [1.0, -3.1]).offsets == (pytest.approx(1.0), pytest.approx(-3.1))
     assert Rotation(4) == map_of("rotate(block=4)")
 
 
@@ -180,10 +190,11 @@ def test_options_read_back_as_they_were_written() -> None:
     [
         ("smooth(factors='gg')", "2 factors are given for 64 channels"),
         ("smooth(factors='g%')", "found '%'"),
-        ("smooth(factors='g', shift=1e999)", "shift is a finite number, found inf"),
+        ("smooth(factors='g', shifts='g', unit=1e999)", "unit is a finite number, found inf"),
+        ("smooth(factors='gg', shifts='g', unit=1.0)", "2 factors and 1 shifts; there is one of each for a channel"),
         ("rotate(block=12)", "block is a power of two, 2 or more, found 12"),
         ("rotate(block=128)", "64 channels are no multiple of block=128"),
-        ("i8", "expected 'smooth(factors=..., shift=...)' or 'rotate(block=...)', found 'i8'"),
+        ("i8", "expected 'smooth(factors=...)' or 'rotate(block=...)', found 'i8'"),
     ],
 )
 def test_an_option_that_is_none_is_refused(mlp: Graph, target: Target, option: str, said: str) -> None:
@@ -215,3 +226,33 @@ def test_a_weight_that_depends_on_an_input_is_refused_with_the_reason(target: Ta
 def test_a_rotation_of_a_block_that_is_no_power_of_two_is_refused() -> None:
     with pytest.raises(ValueError, match="block is 48; it is a power of two, 2 or more"):
         SmoothLinear(block=48)
+
+
+@pytest.mark.parametrize("name", ["cogvideox-mini", "hunyuanvideo-mini", "ltx-mini"])
+def test_published_architectures_are_smoothed_and_offer_integers(name: str, target: Target) -> None:
+    graph = flow.trace(name, meta=True).graph
+    chosen = _factors(graph)
+    smoothed = SmoothLinear().run(graph, target, chosen)
+    check_types(smoothed)
+    layers = [node.name for node in graph.find("aten.linear")]
+    assert sorted(layer for place in places(graph) for layer in place.layers) == sorted(layers)
+    ranges = dict.fromkeys(calibrated_places(smoothed), "range(low=-4.0, high=4.0)")
+    ranged = Calibrate().run(smoothed, target, ranges)
+    offered = QuantizeInteger().choices(ranged, target)
+    refused = QuantizeInteger().refusals(ranged, target)
+    assert not refused
+    assert set(layers) <= set(offered)
+    assert all("w8a8" in options for options in offered.values())
+    integers = LowerInteger().run(QuantizeInteger().run(ranged, target, dict.fromkeys(offered, "w8a8")), target, {})
+    assert len(list(integers.find("intarsia.linear_i8i8"))) == len(layers)
+    assert any("layer_norm" in line for line in integer_only(integers))
+
+
+def test_a_network_in_sixteen_bits_is_refused_by_the_rounding_with_what_to_do(mlp: Graph, target: Target) -> None:
+    graph = Graph.parse(str(mlp).replace("f32[", "bf16["))
+    ranged = Calibrate().run(graph, target, dict.fromkeys(calibrated_places(graph), "range(low=-4.0, high=4.0)"))
+    assert set(QuantizeInteger().refusals(ranged, target).values()) == {
+        "weight is bf16[128, 64]; integer layers are made of f32, so trace the model in it (module.float())",
+        "weight is bf16[40, 128]; integer layers are made of f32, so trace the model in it (module.float())",
+        "weight is bf16[8, 40]; integer layers are made of f32, so trace the model in it (module.float())",
+    }
