@@ -167,7 +167,7 @@ class _Bench:
     def share(self, plan: Plan) -> float:
         """Where the plan's bit operations lie between all four bits and all eight."""
         low, high = self._problem.extent("bops")
-        return (self._bops(plan.phases[0].steps[2].chosen) - low) / (high - low)
+        return float((self._bops(plan.phases[0].steps[2].chosen) - low) / (high - low))
 
     def tuned(self, name: str, plan: Plan) -> Mapping[str, Tensor]:
         """The weights after fine-tuning on training pictures, cut and mirrored, and their labels."""
