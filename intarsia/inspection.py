@@ -12,14 +12,16 @@ from typing import Any
 from intarsia import subject as subjects
 from intarsia.backends.base import Backend, find_backend, refusals
 from intarsia.backends.bundle import load_bundle
-from intarsia.ir.errors import UsageError
+from intarsia.ir.errors import Unsupported, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
 from intarsia.ir.target import Target, load_target
 from intarsia.passes.apply import run_passes
+from intarsia.passes.attention_sites import why_none
 from intarsia.passes.base import find_pass
 from intarsia.passes.integer_only import left_in_float
 from intarsia.search.roofline import Prediction, predict
+from intarsia.search.step_memory import cache_bytes, cache_table, caches_of
 from intarsia.search.work import attention_sites, summary
 
 
@@ -92,10 +94,25 @@ def _counted(graph: Graph, target: str | None, sizes: Mapping[str, int] | None) 
     }
     if (in_float := left_in_float([graph])) is not None:
         facts["in_float"] = list(in_float)
+    if (step := _step_allocation(graph, load_target(target) if target else None, sizes)) is not None:
+        facts["step_allocation"] = step
     if target is not None:
         predicted = predict(graph, load_target(target), sizes)
         facts |= {"target": target, "predicted_seconds": predicted.seconds, "seconds_by_bound": _by_bound(predicted)}
     return facts
+
+
+def _step_allocation(graph: Graph, target: Target | None, sizes: Mapping[str, int] | None) -> dict[str, Any] | None:
+    """What caches of step allocation take, or why the graph has none; None where there are no tokens of a video."""
+    if caches_of(graph):
+        return {"bytes": cache_bytes(graph, sizes)}
+    if why_none(graph):
+        return None
+    memory = {"memory": target.memory} if target else {}
+    try:
+        return {**memory, "caches": [asdict(row) for row in cache_table(graph, target, sizes)]}
+    except Unsupported as error:
+        return {"refused": str(error)}
 
 
 def _by_bound(predicted: Prediction) -> dict[str, float]:

@@ -86,6 +86,8 @@ def _graph(facts: Mapping[str, Any]) -> Lines:
     lines += ["", table(("work", "operations", "share"), by_class, right=2)]
     if facts["attention_sites"]:
         lines += ["", _attention(facts["attention_sites"])]
+    if "step_allocation" in facts:
+        lines += ["", *_step_allocation(facts)]
     if facts.get("in_float") is not None:
         lines += ["", *_arithmetic(facts["in_float"])]
     if "backend" in facts:
@@ -95,6 +97,23 @@ def _graph(facts: Mapping[str, Any]) -> Lines:
         lines += ["", f"{facts['target']}: {duration(facts['predicted_seconds'])} a call"]
         lines.append(table(("bound by", "seconds"), bounds, right=1))
     return lines
+
+
+def _step_allocation(facts: Mapping[str, Any]) -> Lines:
+    """What caches of step allocation would take, and how many guidance branches find room on the target."""
+    found = facts["step_allocation"]
+    if "refused" in found:
+        return [found["refused"]]
+    if "bytes" in found:
+        return [f"step allocation: caches {size(found['bytes'])} a call"]
+    bounded = found["caches"][0]["branches"] is not None
+    room = f"; {facts['target']} has {size(found['memory'])}, weights {size(facts['weight_bytes'])}" if bounded else ""
+    rows = [
+        (row["caches"], row["dtype"], size(row["bytes"]), *([str(row["branches"] or "none")] if bounded else []))
+        for row in found["caches"]
+    ]
+    columns = ("caches", "stored in", "bytes", *(["that fit"] if bounded else []))
+    return [f"step allocation: caches of a guidance branch{room}", table(columns, rows, right=len(columns) - 2)]
 
 
 def _taken(facts: Mapping[str, Any]) -> Lines:
@@ -308,6 +327,9 @@ def timed(facts: Mapping[str, Any]) -> Lines:
     ]
 
 
+_LISTED_PHASES = 12
+
+
 def _phases(facts: Mapping[str, Any], how: str) -> list[str]:
     """Seconds of each phase and of the loop, a line each; nothing where there are no phases."""
     each = facts.get("phases", ())
@@ -315,6 +337,11 @@ def _phases(facts: Mapping[str, Any], how: str) -> list[str]:
         f"phase {number}    steps {one['first']} to {one['last']}: {duration(one['seconds'])} a call, {how}"
         for number, one in enumerate(each)
     ]
+    if len(each) > _LISTED_PHASES:  # steps that compute other tokens in turns
+        kinds: dict[float, int] = {}
+        for one in each:
+            kinds[one["seconds"]] = kinds.get(one["seconds"], 0) + one["last"] - one["first"] + 1
+        lines = [f"steps      {count}: {duration(seconds)} a call, {how}" for seconds, count in kinds.items()]
     return [*lines, f"loop       {duration(facts['loop_seconds'])}, {how}"] if each else []
 
 
