@@ -75,22 +75,21 @@ def read_limits(texts: Sequence[str], problem: Problem) -> dict[str, float]:
             raise UsageError(f"--limit {text}: {measure} is limited twice")
         if measure not in problem.measures:
             raise UsageError(f"--limit {text}: the file has no {' and no '.join(TIMES)}")
-        limits[measure] = _limit(text, measure, value, problem)
+        limits[measure] = read_limit(value, measure, problem, where=f"--limit {text}")
     return limits
 
 
-def _limit(text: str, measure: str, value: str, problem: Problem) -> float:
+def read_limit(value: str, measure: str, problem: Problem, *, where: str) -> float:
+    """``0.5``, a share of the problem's extent, or ``6.5MiB``; UsageError that begins with ``where`` if it is neither."""
     units = UNITS[measure]
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d+))?\s*([A-Za-z]*)", value.strip())
     if found is None or (found[3] and found[3] not in units):
-        raise UsageError(f"--limit {text}: expected a fraction such as 0.5, or a number with {', '.join(units)}")
+        raise UsageError(f"{where}: expected a fraction such as 0.5, or a number with {', '.join(units)}")
     number = float(f"{found[1]}e{found[2] or 0}")
     if found[3]:
         return number * units[found[3]]
     if number > 1:
-        raise UsageError(
-            f"--limit {text}: a number without a unit is a fraction from 0 to 1; units: {', '.join(units)}"
-        )
+        raise UsageError(f"{where}: a number without a unit is a fraction from 0 to 1; units: {', '.join(units)}")
     fewest, most = problem.extent(measure)
     return fewest * (1 - number) + most * number
 

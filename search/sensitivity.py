@@ -84,7 +84,7 @@ def sensitivities(
     for number, batch in enumerate(batches):
         keys = [f"sensitivity/{found.fingerprint}/{number}" for found in differences]
         norm_key = f"norm/{base.graph.fingerprint}/{number}"
-        values = None if _all_known(journal, [norm_key, *keys]) else _values(base, batch)
+        values = None if _all_known(journal, [norm_key, *keys]) else values_of(base, batch)
         norm += _known(journal, norm_key, partial(_norm, base.graph, values))
         for place, (key, found) in enumerate(zip(keys, differences, strict=True)):
             errors[place] += _known(journal, key, partial(_error, base.graph, found, values))
@@ -105,7 +105,8 @@ def _known(journal: Journal, key: str, measure: Callable[[], float]) -> float:
     return value
 
 
-def _values(base: Program, batch: Batch) -> dict[str, Any]:
+def values_of(base: Program, batch: Batch) -> dict[str, Any]:
+    """All values of the program for a batch, by name."""
     inputs = {value.name: tensor for value, tensor in zip(base.graph.inputs, batch, strict=True)}
     return evaluate_nodes(base.graph.nodes, {**base.weights, **inputs})
 
@@ -117,12 +118,12 @@ def _norm(graph: Graph, values: Mapping[str, Any] | None) -> float:
 
 def _error(graph: Graph, found: Difference, values: Mapping[str, Any] | None) -> float:
     assert values is not None
-    run = _run_again(found, values)
+    run = run_again(found, values)
     pairs = zip(found.outputs, graph.outputs, strict=True)
     return sum(float((run[ours].double() - values[theirs].double()).square().sum()) for ours, theirs in pairs)
 
 
-def _run_again(found: Difference, values: Mapping[str, Any]) -> Mapping[str, Any]:
+def run_again(found: Difference, values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The values of the changed graph; intermediate ones are let go after their last use."""
     fresh: dict[str, Any] = {}
     table: ChainMap[str, Any] = ChainMap(fresh, values)  # type: ignore[arg-type]

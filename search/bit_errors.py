@@ -1,0 +1,111 @@
+"""What bits of a layer cost, measured: the change of the network's answer with its weights and its input on grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from intarsia.ir.errors import QualityError
+from intarsia.ir.graph import Graph
+from intarsia.ir.program import Program
+from intarsia.search.bit_data import Data
+from intarsia.search.bit_sensitivity import Perturbations
+from intarsia.search.estimate import Estimate
+from intarsia.search.journal import Journal
+from intarsia.search.progress import Progress, Silent
+from intarsia.search.sensitivity import Difference, difference, run_again, values_of
+
+Group = tuple[str, ...]
+"""Layers, by name, that have the same bits."""
+
+
+def errors_on_grids(
+    base: Program,
+    options: Mapping[Group, Sequence[str]],
+    change: Callable[[Group, str], Graph],
+    data: Data,
+    *,
+    journal: Journal,
+    guide: Callable[[Tensor], Tensor] | None = None,
+    progress: Progress | None = None,
+) -> Perturbations:
+    """How far each option of each group alone moves the first output, by layer: a group's, in equal parts.
+
+    Of scores of classes (N, C) the Kullback-Leibler divergence from the unchanged answer; of numbers, where
+    ``data.squared``, the squared change relative to the mean squared norm of the call's samples. A sample of an
+    estimate is a sample of the data, or a call where the first axis does not run over samples.
+
+    Args:
+        base: The calibrated network, its weights computed.
+        change: The graph with the option at the group, everything else in float.
+        data: Labels are not looked at.
+        journal: What was measured before, and where measurements go; a call of an option is one entry.
+        guide: What is kept of the rows of an output, a linear function.
+
+    Raises:
+        QualityError: The answer is not finite.
+    """
+    told = progress or Silent()
+    asked = [(group, option) for group, offered in options.items() for option in offered]
+    told.start("layers on grids", len(asked) * len(data.batches))
+    found: dict[tuple[Group, str], list[float]] = {key: [] for key in asked}
+    differences = {key: difference(base.graph, change(*key)) for key in asked}
+    weights = base.fingerprint()
+    for number, batch in enumerate(data.batches):
+        values = lru_cache(1)(lambda batch=batch: values_of(base, batch))
+        call = Data([batch], squared=data.squared).fingerprint
+        for (group, option), changed in differences.items():
+            key = f"grids/{base.graph.fingerprint}/{weights}/{call}/{guide is not None}/{changed.fingerprint}"
+            found[group, option] += _known(key, journal) or _measured(
+                key, journal, changed, base.graph, values, data, guide, f"%{group[0]} at {option}, batch {number}"
+            )
+            told.advance(note=f"{group[0]} {option}")
+    told.finish()
+    return {
+        layer: {option: Estimate(tuple(found[group, option])).times(1 / len(group)) for option in offered}
+        for group, offered in options.items()
+        for layer in group
+    }
+
+
+def distances(output: Tensor, unchanged: Tensor, *, classes: bool) -> Tensor:
+    """How far each sample (N) of an output is from the unchanged one's, in f64; see ``errors_on_grids``."""
+    ours, theirs = output.double(), unchanged.double()
+    if classes:
+        return kl_div(log_softmax(ours, -1), log_softmax(theirs, -1), reduction="none", log_target=True).sum(-1)
+    norms = theirs.flatten(1).square().sum(1)
+    return (ours - theirs).flatten(1).square().sum(1) / norms.mean().clamp(min=1e-300)
+
+
+def _known(key: str, journal: Journal) -> list[float]:
+    value = journal.get(key)
+    return [float(sample) for sample in value] if isinstance(value, list) else []
+
+
+def _measured(
+    key: str,
+    journal: Journal,
+    changed: Difference,
+    graph: Graph,
+    values: Callable[[], Mapping[str, object]],
+    data: Data,
+    guide: Callable[[Tensor], Tensor] | None,
+    where: str,
+) -> list[float]:
+    """The samples of one call of a changed graph, which the journal keeps."""
+    before, after = values()[graph.outputs[0]], run_again(changed, values())[changed.outputs[0]]
+    assert isinstance(before, Tensor)
+    assert isinstance(after, Tensor)
+    rows = [guide(output) if guide else output for output in (after, before)]
+    count = rows[0].shape[0] if rows[0].ndim > 1 else 0
+    after, before = rows if count else [row.reshape(1, -1) for row in rows]
+    with torch.no_grad():
+        samples: list[float] = distances(after, before, classes=not data.squared).tolist()
+    if not all(abs(sample) < float("inf") for sample in samples):
+        raise QualityError(f"sensitivity of {where}: the answer is not finite")
+    journal.put(key, samples)
+    return samples

@@ -1,0 +1,91 @@
+"""How bits of layers are searched: what the user may say about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from intarsia.ir.spec import spec_of
+from intarsia.passes.quantize_integer_layers import BITS
+from intarsia.search.bit_files import UNITS, read_limit
+from intarsia.search.bit_layers import MEASURES, Problem
+from intarsia.search.bit_sensitivity import METHODS
+from intarsia.search.calibration import find_method
+
+GRIDS = "grids"
+"""The sensitivity that measures the network with a layer's weights and input on grids."""
+
+SENSITIVITIES = (GRIDS, *METHODS)
+OUTPUTS = ("auto", "classes", "numbers")
+COSTS = ("predicted", "measured")
+
+
+@dataclass(frozen=True)
+class BitSearch:
+    """How bits of layers are searched; ``bits(bops=0.5)``. Without a limit every layer has eight bits.
+
+    Attributes:
+        size: Limit on bytes of weights: a share of the way from the fewest bits of all layers to the most, or text with
+            a unit such as '6.5MiB'. Over phases, each of which has weights of its own, their sum.
+        bops: The same for operations on bits of one call, '70G'; over phases, in the mean over the steps of the loop.
+        latency: The same for the seconds of the layers of one call, '4ms'.
+        options: What convolutions and linear layers may have, as far as ``quantize-integer`` offers it to them.
+        ranges: How ranges of activations are found, as ``intarsia calibrate --method`` takes it.
+        sensitivity: What bits cost in accuracy: ``grids`` measures the network with a layer's weights and input
+            rounded; ``hessian``, ``fisher`` and ``output`` look at weights alone.
+        samples: Calibration samples, at most, that sensitivities are measured on; the first of those given.
+        smooth: Bits, such as 'w4a8', for which what linear layers read is smoothed before it is calibrated; '' leaves
+            it as it is.
+        outputs: Whether the network's first output are scores of ``classes`` or ``numbers``; ``auto`` takes an output
+            (N, C) of a network without a loop for classes.
+        phases: Into how many ranges the steps of a loop are cut, each with ranges and bits of its own.
+        costs: Whether ``latency`` is ``predicted`` by the target's roofline or ``measured`` here.
+    """
+
+    size: float | str | None = None
+    bops: float | str | None = None
+    latency: float | str | None = None
+    options: str = "w8a8,w4a8,w4a4"
+    ranges: str = "minmax"
+    sensitivity: str = GRIDS
+    samples: int = 64
+    smooth: str = ""
+    outputs: str = "auto"
+    phases: int = 1
+    costs: str = "predicted"
+
+    def __post_init__(self) -> None:
+        for measure in MEASURES:
+            if not isinstance(getattr(self, measure), float | int | str | None):
+                raise ValueError(f"{measure} is a share such as 0.5, or text such as '6{next(iter(UNITS[measure]))}'")
+        if not self.offered or set(self.offered) - BITS.keys():
+            raise ValueError(f"options is {self.options!r}; it is some of {','.join(BITS)}")
+        find_method(self.ranges)
+        for name, known in (("sensitivity", SENSITIVITIES), ("outputs", OUTPUTS), ("costs", COSTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
+        if self.smooth and self.smooth not in BITS:
+            raise ValueError(f"smooth is {self.smooth!r}; it is one of {', '.join(BITS)}, or ''")
+        if min(self.samples, self.phases) < 1:
+            raise ValueError("samples and phases are at least 1")
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """The options by name."""
+        return tuple(part.strip() for part in self.options.split(",") if part.strip())
+
+    @property
+    def asked(self) -> dict[str, float | str]:
+        """The limits as they were given, by measure."""
+        found = {measure: cast("float | str | None", getattr(self, measure)) for measure in MEASURES}
+        return {measure: value for measure, value in found.items() if value is not None}
+
+    def limits(self, problem: Problem) -> dict[str, float]:
+        """The limits in bytes, operations and seconds; UsageError for one that is no share and no value with a unit."""
+        return {
+            measure: read_limit(str(value), measure, problem, where=f"strategy bits: {measure}={value}")
+            for measure, value in self.asked.items()
+        }
+
+    def __str__(self) -> str:
+        return str(spec_of("bits", self))
