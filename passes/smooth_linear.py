@@ -83,8 +83,8 @@ class SmoothLinear(Pass):
         maps: dict[str, Map] = {}
         for value, option in wanted.items():
             if value not in known:
-                reason = _refused(graph).get(value, "no linear layer reads it")
-                raise PlanError(f"{self.name}: nothing to choose at %{value}; {reason}")
+                why = _refused(graph).get(value, "no linear layer reads it")
+                raise PlanError(f"{self.name}: nothing to choose at %{value}; {why}")
             if reason := _why_not(option, known[value].channels):
                 raise PlanError(f"{self.name}: %{value}: {reason}")
             maps[value] = map_of(option)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from intarsia.ir.errors import SpecError
-from intarsia.ir.spec import Spec
+from intarsia.ir.spec import Literal, Spec
 
 STEPS = 4
 """Factors between one power of two and the next: rounded to one of them, a factor is at most 9 % off."""
@@ -53,8 +53,10 @@ class Factors:
         return tuple((digit - MIDDLE) * self.unit for digit in self.shifts)
 
     def __str__(self) -> str:
-        shifts = {"shifts": _letters(self.shifts), "unit": self.unit} if self.shifts else {}
-        return str(Spec("smooth", {"factors": _letters(self.digits), **shifts}))
+        args: dict[str, Literal] = {"factors": _letters(self.digits)}
+        if self.shifts:
+            args |= {"shifts": _letters(self.shifts), "unit": self.unit}
+        return str(Spec("smooth", args))
 
 
 @dataclass(frozen=True)
