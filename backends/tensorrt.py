@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -102,6 +103,7 @@ class TensorrtBackend(Backend):
             run_script(folder, program.graph.name, cache if self.engine else ["--check"])
         engine = json.loads((folder / script.SETTINGS).read_text())["engine"]
         plan = [engine["file"]] if engine else []
+        info |= _difference(program, folder)
         return Built((*files, *plan, SCRIPT, script.SETTINGS), {**info, "engine": engine})
 
     def load(self, folder: Path, files: Sequence[str]) -> Engine:
@@ -182,6 +184,16 @@ class TensorrtBackend(Backend):
         onnx_ir.save(model, folder / MODEL, external_data=external)
         info = {"opset": OPSET, "nodes": len(model.graph), "weight_bytes": stored}
         return [MODEL, DATA] if external else [MODEL], info
+
+
+def _difference(program: Program, folder: Path) -> dict[str, Any]:
+    """How far the model is from exact integers, where it has any and ONNX Runtime is here to run it."""
+    if not any(program.graph.find(*PRODUCTS)) or find_spec("onnxruntime") is None:
+        return {}
+    from intarsia.backends.tensorrt_difference import difference
+
+    found = difference(program, folder / MODEL)
+    return {} if found is None else {"from exact integers": found}
 
 
 def _here() -> tuple[str, ...]:

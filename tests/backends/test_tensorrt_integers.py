@@ -11,6 +11,7 @@ from torch import Tensor
 
 from intarsia.backends.null import NullEngine
 from intarsia.backends.tensorrt import TensorrtBackend
+from intarsia.backends.tensorrt_difference import difference
 from intarsia.ir.errors import Unsupported
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program
@@ -46,6 +47,27 @@ def test_the_trunk_is_whole_numbers_in_f32_and_products_read_int8(integer_networ
     assert all({made[name] for name in node.input[:2]} == {"DequantizeLinear"} for node in products)
     assert operators.count("QuantizeLinear") == 9
     assert not {"ConvInteger", "MatMulInteger", "BitShift", "Cast"} & set(operators)
+
+
+def test_a_build_says_how_far_its_answers_are_from_exact_integers(
+    integer_network: Program, picture: Tensor, tmp_path: Path
+) -> None:
+    told = TensorrtBackend(engine=False).build(integer_network, RTX4090, tmp_path).info["from exact integers"]
+    assert isinstance(told, dict)
+    assert told.keys() == {"codes_differing", "largest_step"}
+    assert 0 <= told["codes_differing"] < 0.05
+    assert told["largest_step"] <= 2
+
+
+def test_steps_are_those_of_the_outputs_codes(tmp_path: Path) -> None:
+    numbers = {"m": torch.tensor([3], dtype=torch.int32), "s": torch.tensor([1], dtype=torch.int32)}
+    program, other = (Program(Graph.parse(text), numbers) for text in (WIDE, WIDE.replace("low=-300", "low=3")))
+    TensorrtBackend(engine=False).build(program, RTX4090, tmp_path)
+    assert difference(program, tmp_path / "model.onnx") == {"codes_differing": 0.0, "largest_step": 0.0}
+    apart = difference(other, tmp_path / "model.onnx")
+    assert apart is not None
+    assert apart["codes_differing"] > 0.1
+    assert apart["largest_step"] >= 1
 
 
 WIDE = """graph wide {
