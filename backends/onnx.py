@@ -57,6 +57,8 @@ class OnnxBackend(Backend):
         for key in _CONSTANTS.get(node.op, ()):
             if node.ref(key) not in params:
                 return f"{key} is computed at run time; materialize the program first"
+        if node.op == "aten.view.dtype":
+            return "ONNX has no call that takes bits for another element type; caches are stored in i8, not f8e4m3"
         if node.op == "intarsia.avg_pool2d_i8" and (reason := _why_no_sum(node, graph)):
             return reason
         try:

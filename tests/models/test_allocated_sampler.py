@@ -13,9 +13,10 @@ from torch import Tensor
 
 from intarsia.backends.onnx import OnnxBackend
 from intarsia.ir.allocation import Allocation
-from intarsia.ir.errors import UsageError
+from intarsia.ir.errors import Unsupported, UsageError
 from intarsia.ir.graph import Graph
-from intarsia.ir.program import Program
+from intarsia.ir.operators import DTYPES
+from intarsia.ir.program import Program, example_inputs
 from intarsia.ir.target import Target
 from intarsia.models.allocated_sampler import Caches, Clock, Run, TokenGrid, sample, scores
 from intarsia.models.sampler import TIMESTEPS, Conditioning, FlowMatchEuler, noise
@@ -72,14 +73,18 @@ def build(program: Program, folder: Path) -> Answer:
     return backend.load(folder, backend.build(program, TARGET, folder).files)
 
 
-@pytest.fixture(scope="module", params=["eager-held", "eager-linear", "onnx-held", "onnx-linear"])
-def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Network:
-    engine, _, caches = request.param.partition("-")
+@pytest.fixture(scope="module")
+def small() -> Program:
     graph = Graph.parse((GOLDEN / "small-video.graph").read_text())
     generator = torch.Generator().manual_seed(2)
-    weights = {p.name: torch.randn(p.type.shape, generator=generator) / 3 for p in graph.params}  # type: ignore[union-attr, arg-type]
-    made = ActiveTokens(caches).run(graph, TARGET, {})
-    programs = Program(graph, weights), Program(made, weights)
+    return Program(graph, {p.name: torch.randn(p.type.shape, generator=generator) / 3 for p in graph.params})  # type: ignore[union-attr, arg-type]
+
+
+@pytest.fixture(scope="module", params=["eager-held", "eager-linear", "onnx-held", "onnx-linear"])
+def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, small: Program) -> Network:
+    engine, _, caches = request.param.partition("-")
+    made = ActiveTokens(caches).run(small.graph, TARGET, {})
+    programs = small, Program(made, small.weights)
     folder = tmp_path_factory.mktemp("engines")
     dense, step = (
         build(program, folder / name) if engine == "onnx" else program.module()
@@ -189,6 +194,27 @@ def test_two_samples_at_once_are_refused(held: Network) -> None:
 def test_a_window_without_steps_is_refused(held: Network) -> None:
     with pytest.raises(UsageError, match="warm_up 9 and tail 4 exceed 12 steps"):
         held.run(Allocation(warm_up=9, tail=4))
+
+
+def test_caches_of_eight_bits_run_in_onnx(tmp_path: Path, small: Program) -> None:
+    made = Program(ActiveTokens(cache_dtype="i8").run(small.graph, TARGET, {}), small.weights)
+    engine, eager = build(made, tmp_path / "step"), made.module()
+    inputs = example_inputs(small.graph)
+    caches: Caches = [
+        torch.zeros(value.type.shape, dtype=DTYPES[value.type.dtype])  # type: ignore[union-attr, arg-type]
+        for value in made.graph.inputs[4:]
+    ]
+    for active in (torch.arange(64), torch.arange(0, 64, 3)):
+        found, expected = (run(*inputs, active, *caches) for run in (engine, eager))
+        assert torch.allclose(found[0], expected[0], rtol=1e-4, atol=1e-4)
+        assert all((one.float() - other.float()).abs().max() <= 1 for one, other in zip(found, expected, strict=True))
+        caches = expected[1:]
+
+
+def test_onnx_says_that_it_takes_no_floats_of_eight_bits(tmp_path: Path, small: Program) -> None:
+    made = Program(ActiveTokens(cache_dtype="f8e4m3").run(small.graph, TARGET, {}), small.weights)
+    with pytest.raises(Unsupported, match="caches are stored in i8, not f8e4m3"):
+        build(made, tmp_path / "step")
 
 
 def ramp(
