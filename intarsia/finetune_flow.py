@@ -117,6 +117,7 @@ def _material(
     """Calls by epoch, held-out calls, the recipe with its steps, and what tells these data from others."""
     graph, recipe = program.graph, wishes.recipe
     identity: dict[str, object] = {"data": material.data, "batch": wishes.batch, "seed": material.seed}
+    identity["held out"] = material.held_out
     if is_function(material.data):
         if material.labels:
             raise UsageError(f"--labels {material.labels}: a function yields its labels itself, behind the inputs")
@@ -125,12 +126,12 @@ def _material(
         held_out = _held_out(material, program)
         return function_calls(material.data, graph), held_out, recipe, identity
     found = read_samples(material.data, material.labels, graph, material.scaling, option="--labels")
-    identity["data"] = found.fingerprint
     if material.held_out is None:
         found, kept = found.split(material.share, seed=material.seed)
         held_out = _scored(kept, program)
     else:
         held_out = _held_out(material, program)
+    identity["data"] = found.fingerprint
     each = samples_a_call(graph) or wishes.batch
     if wishes.batch % each:
         raise UsageError(
