@@ -185,7 +185,8 @@ LOADER = "import torch\ndef data():\n    yield torch.rand(3, 8, 8)\n    "
     ("name", "content", "said"),
     [
         ("empty/", None, "holds no .npy, .npz, .png"),
-        ("absent", None, "expected a folder, an .npy or .npz file, or loader.py:function"),
+        ("absent", None, "there is no such file or folder"),
+        ("notes.txt", "not data", "expected a folder, an .npy or .npz file, or loader.py:function"),
         ("x.npy", array(2, 3, 9, 8), "x.npy, sample 0: x is (3, 9, 8); the graph takes f32[1, 3, 8, 8]"),
         ("x.npy", array(2, 192), "x is (2, 192); the graph takes f32[1, 3, 8, 8]"),
         ("x.npy", array(), "the first axis is samples, at least one"),
