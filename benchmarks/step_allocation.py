@@ -1,0 +1,190 @@
+"""Tokens that skip steps beside simpler ways to spend half or a quarter of the time, on held-out noise.
+
+    python benchmarks/step_allocation.py [--quick] [--json FILE]
+
+wan-mini's 40 steps are the reference, through ONNX Runtime like everything else. Policies are chosen on calibration and
+validation noise; the figures are of videos and prompts that the choice never saw, all policies on the same. Seconds are
+of whole loops, taken in turns with the dense loop, video by video. ``--quick`` takes 4 videos instead of 32 and fewer
+policies in the search.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from harness import Figures, main
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from intarsia.search.step_space import Policy
+
+MODEL, TARGET = "wan-mini", "cpu-avx2"
+BUDGETS = {"50": 0.5, "25": 0.25}
+SAMPLES = 32
+
+WAYS = {
+    "hsa": "groups of tokens, velocities and caches moved on: the best that the search found",
+    "hsa_held": "groups of tokens as the paper has them, velocities and caches held: the best that the search found",
+    "whole": "whole steps left out, velocities moved on: the best that the search found",
+    "uniform": "as many steps fewer, evenly, Euler's method",
+}
+
+
+def _meanings() -> dict[str, str]:
+    found = {}
+    for name, budget in BUDGETS.items():
+        for way, meaning in WAYS.items():
+            found[f"psnr_{way}_{name}"] = f"dB at {budget:.0%} of the time: {meaning}"
+            found[f"psnr_{way}_low_{name}"] = "dB, lower end of the 95 % interval over videos"
+            found[f"psnr_{way}_worst_{name}"] = "dB, the worst video"
+            found[f"time_ratio_{way}_{name}"] = "seconds of a loop over those of the dense loop, median over videos"
+        found[f"time_ratio_{name}"] = "that of the tokens' policy"
+        found[f"hsa_over_uniform_{name}"] = "dB, tokens above uniform fewer steps, video by video"
+        found[f"hsa_over_uniform_low_{name}"] = "dB, lower end of the 95 % interval of that difference"
+        found[f"wins_over_uniform_{name}"] = "share of videos on which tokens are nearer to the reference"
+    return {**found, "psnr_floor": "dB between unrelated dense videos", "samples": "held-out videos"}
+
+
+MEANINGS = _meanings()
+
+
+def measure(quick: bool) -> Figures:
+    """Both budgets."""
+    from intarsia.search.quality import measure as quality_of
+
+    bench = _Bench(quick)
+    found: dict[str, float] = {}
+    references: Tensor | None = None
+    for name, budget in BUDGETS.items():
+        ways = bench.ways(budget)
+        references, outputs, ratios = bench.run(ways)
+        qualities = {way: quality_of(videos, references)["psnr"] for way, videos in outputs.items()}
+        for way, quality in qualities.items():
+            print(
+                f"{budget:.0%} {way}: {quality.mean:.2f} dB, {ratios[way]:.3f} of the time", file=sys.stderr, flush=True
+            )
+            found |= {
+                f"psnr_{way}_{name}": quality.mean,
+                f"psnr_{way}_low_{name}": quality.low if quality.low is not None else quality.mean,
+                f"psnr_{way}_worst_{name}": quality.worst,
+                f"time_ratio_{way}_{name}": ratios[way],
+            }
+        pairs = zip(qualities["hsa"].samples, qualities["uniform"].samples, strict=True)
+        gains = [ours - theirs for ours, theirs in pairs]
+        found |= {
+            f"time_ratio_{name}": ratios["hsa"],
+            f"hsa_over_uniform_{name}": statistics.mean(gains),
+            f"hsa_over_uniform_low_{name}": _low(gains),
+            f"wins_over_uniform_{name}": sum(gain > 0 for gain in gains) / len(gains),
+            "psnr_floor": qualities["hsa"].floor or float("nan"),
+        }
+    assert references is not None
+    return found | {"samples": len(references)}
+
+
+class _Bench:
+    def __init__(self, quick: bool) -> None:
+        from intarsia import subject as subjects
+        from intarsia.ir.target import load_target
+        from intarsia.search.journal import Journal
+        from intarsia.search.progress import Silent
+        from intarsia.step_bench import StepBench
+
+        self.count = 4 if quick else SAMPLES
+        self.target = load_target(TARGET)
+        self.subject = subjects.resolve(MODEL)
+        self.bench = StepBench(self.subject, self.target)
+        effort = "quick" if quick else "default"
+        self.work = subjects.workload(self.subject, seed=0, effort=effort, progress=Silent(), record=False)
+        self.journal = Journal()
+
+    def ways(self, budget: float) -> Mapping[str, Policy]:
+        """The policies that the search finds, of each kind the best on validation noise, and the uniform one."""
+        from intarsia.ir.allocation import Allocation
+        from intarsia.passes.active_tokens import ActiveTokens
+        from intarsia.passes.base import find_pass
+        from intarsia.search.step_search import StepSearch, search_steps
+        from intarsia.search.step_space import TOKENS, WHOLE, Policy
+
+        def best(kind: str, *, held: bool) -> Policy:
+            result = search_steps(
+                self.subject.program,
+                self.target,
+                self.work,
+                self.bench,
+                None,
+                how=StepSearch(budget, held=held),
+                journal=self.journal,
+            )
+            steps = result.plan.notes["steps"]
+            assert isinstance(steps, dict)
+            kept = [one for one in steps["finalists"] if one["kind"] == kind]
+            made = find_pass(max(kept, key=lambda one: one["validation_psnr"])["policy"])
+            assert isinstance(made, ActiveTokens)
+            return Policy(Allocation.parse(made.allocation), made.caches)
+
+        divisor = round(1 / budget)
+        return {
+            "hsa": best(TOKENS, held=False),
+            "hsa_held": best(TOKENS, held=True),
+            "whole": best(WHOLE, held=False),
+            "uniform": Policy(Allocation(1, 0, (1.0,), (divisor,))),
+        }
+
+    def run(self, ways: Mapping[str, Policy]) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+        """Dense videos, those of each way, and the seconds of each way over the dense ones."""
+        import torch
+
+        runs: dict[str, Callable[..., tuple[torch.Tensor, ...]]] = {"dense": self.bench.dense()}
+        runs |= {way: self.bench.policy(policy) for way, policy in ways.items()}
+        for way, policy in ways.items():
+            print(f"{way}: {policy.notation}", file=sys.stderr, flush=True)
+        videos: dict[str, list[Tensor]] = {way: [] for way in runs}
+        seconds: dict[str, list[float]] = {way: [] for way in runs}
+        for index in range(self.count):
+            for way, run in runs.items():
+                start = time.perf_counter()
+                videos[way].append(self._video(run, index))
+                seconds[way].append(time.perf_counter() - start)
+        made = {way: torch.cat(each) for way, each in videos.items()}
+        ratios = {
+            way: statistics.median(ours / dense for ours, dense in zip(seconds[way], seconds["dense"], strict=True))
+            for way in ways
+        }
+        return made.pop("dense"), made, ratios
+
+    def _video(self, run: Callable[..., tuple[torch.Tensor, ...]], index: int) -> Tensor:
+        """Held-out video ``index``: the prompts in another order than the search saw them, noise of another seed."""
+        from intarsia.backends.runner import denoiser
+        from intarsia.models.sampler import noise
+        from intarsia.subject import video_shape
+
+        model, graph = self.subject.model, self.subject.program.graph
+        assert model is not None
+        assert model.sampler is not None
+        assert model.condition is not None
+        start = noise(video_shape(graph), seed=HELD_OUT_SEED, count=1, first=index)
+        conditioning = model.condition([model.prompts[(5 * index + 33) % len(model.prompts)]])
+        return model.sampler.sample(denoiser(run, graph), start, conditioning).clamp(-1, 1)
+
+
+HELD_OUT_SEED = 7_777
+"""Of the noise; the search draws from seeds 0 to 2."""
+
+
+def _low(numbers: list[float]) -> float:
+    """Lower end of the 95 % t-interval of the mean."""
+    from scipy.stats import t
+
+    spread = statistics.stdev(numbers) / len(numbers) ** 0.5
+    return statistics.mean(numbers) - float(t.ppf(0.975, len(numbers) - 1)) * spread
+
+
+if __name__ == "__main__":
+    main("step_allocation", MEANINGS, measure)
