@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from intarsia import cli_calibrate, cli_finetune, cli_solve, configuration, outputs, terminal
 from intarsia.backends.writing import new_file
+from intarsia.cli_samples import DataOption, LabelsOption, MeanOption, SamplesOption, StdOption, samples_of
 from intarsia.ir.errors import MissingEnvironment, UsageError
 from intarsia.ir.registry import unknown
 
@@ -103,7 +104,6 @@ Reference = Annotated[
     bool,
     typer.Option("--reference", help="Where the engine cannot run here, run its files by other, slower means."),
 ]
-Goal = Annotated[str, typer.Option("--quality", help='Goal such as "psnr>=35" or "psnr>=35,motion_psnr>=30".')]
 AnyGoal = Annotated[str | None, typer.Option("--quality", help='Goal such as "psnr>=35"; not with a budget.')]
 Passes = Annotated[
     list[str] | None,
@@ -115,7 +115,7 @@ Strategy = Annotated[
     str,
     typer.Option(
         "--strategy",
-        help="places, or heads(density=0.25, ...): patterns of attention heads by phases of the loop.",
+        help="places; heads(density=0.25, ...): patterns of attention heads; bits(bops=0.5, ...): bits of layers.",
     ),
 ]
 MinimizeOption = Annotated[Minimize, typer.Option("--minimize", help="What to make small.")]
@@ -255,11 +255,17 @@ def search(
     weights: Weights = None,
     fresh: Fresh = False,
     fail_on_no_gain: FailOnNoGain = False,
+    data: DataOption = None,
+    labels: LabelsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    samples: SamplesOption = None,
     config: Config = None,
     json: AsJson = False,
 ) -> int:
     """Search what fits each layer, under a quality goal; write the answer as a plan."""
     seconds = configuration.seconds(budget)
+    given = samples_of(data, labels, mean, std, samples, seed=seed)
     outputs.check_output_file(output)
     from intarsia import flow, progress, summaries
 
@@ -277,6 +283,7 @@ def search(
             fresh=fresh,
             budget=seconds,
             fail_on_no_gain=fail_on_no_gain,
+            samples=given,
             progress=told,
         )
         with new_file(output) as file:
@@ -452,7 +459,7 @@ def optimize(
     *,
     output: OutputFolder,
     target: TargetName,
-    quality: Goal,
+    quality: AnyGoal = None,
     backend: BackendNames = None,
     passes: Passes = None,
     strategy: Strategy = "places",
@@ -463,11 +470,17 @@ def optimize(
     weights: Weights = None,
     fresh: Fresh = False,
     fail_on_no_gain: FailOnNoGain = False,
+    data: DataOption = None,
+    labels: LabelsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    samples: SamplesOption = None,
     config: Config = None,
     json: AsJson = False,
 ) -> int:
     """Search, export, verify and report in one go."""
     seconds = configuration.seconds(budget)
+    given = samples_of(data, labels, mean, std, samples, seed=seed)
     outputs.check_output_bundle(output)
     from intarsia import flow, progress, summaries
 
@@ -487,6 +500,7 @@ def optimize(
             fresh=fresh,
             budget=seconds,
             fail_on_no_gain=fail_on_no_gain,
+            samples=given,
             config=configuration.resolved(ctx),
             command=configuration.command(ctx, output=Path("out")),
             progress=told,

@@ -20,6 +20,7 @@ from intarsia.backends.null import NullEngine
 from intarsia.backends.packing import add_report, write_bundle
 from intarsia.backends.runner import bench_loop, denoiser
 from intarsia.backends.verify import VerifyReport, verify_bundle
+from intarsia.bit_flow import Samples, searched_bits
 from intarsia.evidence import evidence, sample_inputs, verify_phases, verify_quality
 from intarsia.ir.errors import NoGain, UsageError
 from intarsia.ir.graph import Graph
@@ -31,6 +32,7 @@ from intarsia.models.sampler import FlowMatchEuler
 from intarsia.passes.apply import run_passes
 from intarsia.passes.base import Pass, find_pass
 from intarsia.programs import planned, predicted
+from intarsia.search.bit_settings import BitSearch
 from intarsia.search.explain import Explanation
 from intarsia.search.explain import explain as explain_plan
 from intarsia.search.head_settings import HeadSearch
@@ -85,6 +87,7 @@ def search(
     fresh: bool = False,
     budget: float | None = None,
     fail_on_no_gain: bool = False,
+    samples: Samples | None = None,
     progress: Progress | None = None,
 ) -> SearchResult:
     """The plan that makes the model cheapest on ``target`` within ``quality``, by calibration and validation noise.
@@ -94,11 +97,13 @@ def search(
         target: A shipped machine or the path of a TOML file.
         quality: Lower bounds against the unchanged model, such as ``"psnr>=35,motion_psnr>=30"``.
         passes: Whose questions are asked, in the order in which they run.
-        strategy: ``places``, one answer for the whole loop from errors of every place alone, or
-            ``heads(key=value)``, patterns of attention heads by phases of the loop; see ``search.heads.HeadSearch``.
+        strategy: ``places``, one answer for the whole loop from errors of every place alone;
+            ``heads(key=value)``, patterns of attention heads by phases of the loop, see ``search.heads.HeadSearch``; or
+            ``bits(key=value)``, bits of every layer in integers, see ``search.bit_settings.BitSearch``.
         minimize: ``seconds``, ``bytes``, or ``both`` (the sum of both, each relative to the unchanged model).
         budget: Seconds for the search; what is best by then is the answer.
         fresh: Ignore what earlier searches have measured.
+        samples: What a network without a loop is measured on, for ``bits`` alone.
 
     Raises:
         QualityError: No plan reaches the quality.
@@ -108,9 +113,15 @@ def search(
     goal, machine, chosen = Goal.parse(quality) if quality else None, load_target(target), list(map(find_pass, passes))
     how = _strategy(strategy)
     if how is None and goal is None:
-        raise UsageError('--quality is missing, such as --quality "psnr>=35"; only --strategy heads can do without')
+        raise UsageError(
+            '--quality is missing, such as --quality "psnr>=35"; only --strategy heads and bits can do without'
+        )
+    if isinstance(how, BitSearch) and tuple(passes) != PASSES:
+        raise UsageError("strategy bits: it has passes of its own; leave --pass out")
+    if samples is not None and not isinstance(how, BitSearch):
+        raise UsageError(f"--data is what --strategy bits is measured on; --strategy {strategy} takes none")
     subject = model if isinstance(model, Subject) else _search_subject(model, how, weights, progress)
-    if subject.program.is_meta and not (how and how.table):
+    if subject.program.is_meta and not (isinstance(how, HeadSearch) and how.table):
         raise UsageError(f"{subject.name}: a search measures quality and needs weights; give --weights")
     if how is None:
         assert goal is not None
@@ -127,6 +138,21 @@ def search(
             journal=open_journal(subject.program, work, fresh=fresh),
             budget=budget,
             notations=passes,
+            progress=progress,
+        )
+    elif isinstance(how, BitSearch):
+        result = searched_bits(
+            subject,
+            machine,
+            goal,
+            how=how,
+            samples=samples,
+            minimize=minimize,
+            effort=effort,
+            seed=seed,
+            fresh=fresh,
+            budget=budget,
+            weights=weights,
             progress=progress,
         )
     else:
@@ -149,19 +175,23 @@ def search(
     return result
 
 
-def _strategy(text: str) -> HeadSearch | None:
-    """How heads are searched; None for the search over all places."""
+def _strategy(text: str) -> HeadSearch | BitSearch | None:
+    """How heads or bits are searched; None for the search over all places."""
     spec = Spec.parse(text)
     if spec.name == "heads":
         return construct(HeadSearch, spec)
+    if spec.name == "bits":
+        return construct(BitSearch, spec)
     if str(spec) != PLACES:
-        raise UsageError(f"--strategy {text!r} is unknown. Known: {PLACES}, heads(key=value)")
+        raise UsageError(f"--strategy {text!r} is unknown. Known: {PLACES}, heads(key=value), bits(key=value)")
     return None
 
 
-def _search_subject(model: str | Path, how: HeadSearch | None, weights: Path | None, progress: Progress) -> Subject:
+def _search_subject(
+    model: str | Path, how: HeadSearch | BitSearch | None, weights: Path | None, progress: Progress
+) -> Subject:
     """The model with its weights; on the meta device where a table stands for all that would be measured."""
-    if how is None or not how.table:
+    if not isinstance(how, HeadSearch) or not how.table:
         return _resolve(model, weights, progress)
     progress.start(f"trace {model}", None)
     subject = subjects.resolve(model, meta=True)
@@ -309,7 +339,7 @@ def optimize(
     model: str | Path,
     *,
     target: str,
-    quality: str,
+    quality: str | None = None,
     backends: Sequence[str] = ("onnx",),
     output: Path,
     passes: Sequence[str] = PASSES,
@@ -321,6 +351,7 @@ def optimize(
     fresh: bool = False,
     budget: float | None = None,
     fail_on_no_gain: bool = False,
+    samples: Samples | None = None,
     config: Mapping[str, object] | None = None,
     command: str = "",
     progress: Progress | None = None,
@@ -338,9 +369,11 @@ def optimize(
         minimize=minimize,
         effort=effort,
         seed=seed,
+        weights=weights,
         fresh=fresh,
         budget=budget,
         fail_on_no_gain=fail_on_no_gain,
+        samples=samples,
         progress=progress,
     )
     bundle = export(

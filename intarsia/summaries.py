@@ -12,6 +12,7 @@ from rich.table import Table
 
 from intarsia.backends.phases import StepRange, title
 from intarsia.passes.integer_only import left_in_float
+from intarsia.passes.quantize_integer_layers import BITS
 from intarsia.report_facts import METRICS, figure
 from intarsia.units import amount, duration, growth, size, speed
 
@@ -175,15 +176,18 @@ def searched(result: SearchResult, output: Path) -> tuple[dict[str, object], Lin
         "quality": result.quality.to_json() if result.quality else None,
         "tried": [trial.to_json() for trial in result.tried],
     }
-    changed = sum(len(step.chosen) for phase in result.plan.phases for step in phase.steps)
+    changed = Counter(option for phase in result.plan.phases for step in phase.steps for option in step.chosen.values())
+    bits = {option: count for option, count in sorted(changed.items()) if option in BITS}
+    told = ", ".join(f"{count} at {option}" for option, count in bits.items())
     lines = [
-        f"{output}: {changed} places changed, {len(result.tried)} plans measured end to end",
+        f"{output}: {f'layers {told}' if bits else f'{changed.total()} places changed'}, "
+        f"{len(result.tried)} plans measured end to end",
         f"weights    {size(before.bytes)} to {size(after.bytes)}, {growth(before.bytes, after.bytes)}",
         f"predicted  {_faster(before.seconds, after.seconds)} on {result.plan.target}",
         *(
             _metrics(result.quality.to_json(), {})
             if result.quality
-            else ["quality    not measured: the time was spent"]
+            else [f"quality    not measured: {'no goal asks for it' if result.complete else 'the time was spent'}"]
         ),
     ]
     return facts, lines if result.gain > 0 else [*lines, "nothing was gained: the plan leaves the model as it is"]
@@ -194,6 +198,8 @@ def explained(explanation: Explanation, place: str | None) -> tuple[dict[str, ob
 
     A layer's attention stands for all of its heads: ``blocks.3.attn1.y`` for ``blocks.3.attn1.y#0`` and the others.
     """
+    from intarsia.search.explain_bits import limits_kept
+
     rows = [row for row in explanation.rows if place is None or place in (row.place, row.place.partition("#")[0])]
     if not rows:
         return None
@@ -207,7 +213,10 @@ def explained(explanation: Explanation, place: str | None) -> tuple[dict[str, ob
         told = [(str(row.phase), _steps(row), name, row.chosen or "not offered", row.why) for name, row in _alike(rows)]
         columns = ("phase", "steps", "place", "chosen", "why")
         first = 0 if many else 2
-        return data, [table(columns[first:], [row[first:] for row in told]), *_arithmetic(explanation.in_float)]
+        listed = table(columns[first:], [row[first:] for row in told])
+        kept = limits_kept(explanation.notes)
+        limits = [f"limits     {kept}; no other choice within them has a smaller sum of errors"] if kept else []
+        return data, [listed, *limits, *_arithmetic(explanation.in_float)]
     lines: list[str | Table] = []
     for row in rows:
         lines += [*([f"phase {row.phase}, steps {_steps(row)}"] if many else []), *_options(row)]
@@ -237,18 +246,32 @@ def _options(row: Row) -> Lines:
     from intarsia.search.explain_heads import abridged
 
     of_weights = "#" not in row.place
+    of_bits = any(option.bops is not None for option in row.options)
     options = [
         (
             f"{abridged(option.option)}{' *' if option.option == row.chosen else ''}",
             "not measured" if option.error is None else f"{option.error:.3g}",
+            *([_interval(option.interval)] if of_bits else []),
             *([f"{option.bytes:+,}"] if of_weights else []),
             f"{1e6 * option.seconds:+.3g} us",
+            *([f"{amount(option.bops or 0.0).strip()}"] if of_bits else []),
         )
         for option in row.options
     ]
-    columns = ("option (* chosen)", "error", *(["bytes"] if of_weights else []), "seconds")
+    columns = (
+        "option (* chosen)",
+        "error",
+        *(["95 % interval"] if of_bits else []),
+        *(["bytes"] if of_weights else []),
+        "seconds",
+        *(["bit operations"] if of_bits else []),
+    )
     listed = table(columns, options, right=len(columns) - 1)
     return [row.place, listed, row.why] if options else [f"{row.place}: {row.why}"]
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return f"{ends[0]:.2g} to {ends[1]:.2g}" if ends else "-"
 
 
 def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:

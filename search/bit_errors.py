@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from hashlib import sha256
 
-import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
@@ -17,7 +18,7 @@ from intarsia.search.bit_sensitivity import Perturbations
 from intarsia.search.estimate import Estimate
 from intarsia.search.journal import Journal
 from intarsia.search.progress import Progress, Silent
-from intarsia.search.sensitivity import Difference, difference, run_again, values_of
+from intarsia.search.sensitivity import Batch, Difference, difference, run_again, values_of
 
 Group = tuple[str, ...]
 """Layers, by name, that have the same bits."""
@@ -54,15 +55,11 @@ def errors_on_grids(
     told.start("layers on grids", len(asked) * len(data.batches))
     found: dict[tuple[Group, str], list[float]] = {key: [] for key in asked}
     differences = {key: difference(base.graph, change(*key)) for key in asked}
-    weights = base.fingerprint()
+    measuring = _Measuring(base, data.squared, guide, journal)
     for number, batch in enumerate(data.batches):
-        values = lru_cache(1)(lambda batch=batch: values_of(base, batch))
-        call = Data([batch], squared=data.squared).fingerprint
+        call = measuring.call(batch)
         for (group, option), changed in differences.items():
-            key = f"grids/{base.graph.fingerprint}/{weights}/{call}/{guide is not None}/{changed.fingerprint}"
-            found[group, option] += _known(key, journal) or _measured(
-                key, journal, changed, base.graph, values, data, guide, f"%{group[0]} at {option}, batch {number}"
-            )
+            found[group, option] += call(changed, f"%{group[0]} at {option}, batch {number}")
             told.advance(note=f"{group[0]} {option}")
     told.finish()
     return {
@@ -81,31 +78,40 @@ def distances(output: Tensor, unchanged: Tensor, *, classes: bool) -> Tensor:
     return (ours - theirs).flatten(1).square().sum(1) / norms.mean().clamp(min=1e-300)
 
 
-def _known(key: str, journal: Journal) -> list[float]:
-    value = journal.get(key)
-    return [float(sample) for sample in value] if isinstance(value, list) else []
+@dataclass(frozen=True)
+class _Measuring:
+    base: Program
+    squared: bool
+    guide: Callable[[Tensor], Tensor] | None
+    journal: Journal
 
+    def call(self, batch: Batch) -> Callable[[Difference, str], list[float]]:
+        """What gives the samples of one call of a changed graph; the base runs when it is first needed."""
+        identity = f"{self.base.graph.fingerprint} {self.base.fingerprint()} {self.guide is not None}"
+        inputs = Data([batch], squared=self.squared).fingerprint
+        start = f"grids/{sha256(f'{identity} {inputs}'.encode()).hexdigest()[:16]}"
+        held: list[Mapping[str, object]] = []
 
-def _measured(
-    key: str,
-    journal: Journal,
-    changed: Difference,
-    graph: Graph,
-    values: Callable[[], Mapping[str, object]],
-    data: Data,
-    guide: Callable[[Tensor], Tensor] | None,
-    where: str,
-) -> list[float]:
-    """The samples of one call of a changed graph, which the journal keeps."""
-    before, after = values()[graph.outputs[0]], run_again(changed, values())[changed.outputs[0]]
-    assert isinstance(before, Tensor)
-    assert isinstance(after, Tensor)
-    rows = [guide(output) if guide else output for output in (after, before)]
-    count = rows[0].shape[0] if rows[0].ndim > 1 else 0
-    after, before = rows if count else [row.reshape(1, -1) for row in rows]
-    with torch.no_grad():
-        samples: list[float] = distances(after, before, classes=not data.squared).tolist()
-    if not all(abs(sample) < float("inf") for sample in samples):
-        raise QualityError(f"sensitivity of {where}: the answer is not finite")
-    journal.put(key, samples)
-    return samples
+        def samples(changed: Difference, where: str) -> list[float]:
+            key = f"{start}/{changed.fingerprint}"
+            known = self.journal.get(key)
+            if isinstance(known, list):
+                return [float(sample) for sample in known]
+            if not held:
+                held.append(values_of(self.base, batch))
+            found = self._samples(changed, held[0])
+            if not all(map(math.isfinite, found)):
+                raise QualityError(f"sensitivity of {where}: the answer is not finite")
+            self.journal.put(key, found)
+            return found
+
+        return samples
+
+    def _samples(self, changed: Difference, values: Mapping[str, object]) -> list[float]:
+        after, before = run_again(changed, values)[changed.outputs[0]], values[self.base.graph.outputs[0]]
+        assert isinstance(after, Tensor)
+        assert isinstance(before, Tensor)
+        rows = [self.guide(output) if self.guide else output for output in (after, before)]
+        after, before = rows if rows[0].ndim > 1 else [row.reshape(1, -1) for row in rows]
+        found: list[float] = distances(after, before, classes=not self.squared).tolist()
+        return found

@@ -80,7 +80,7 @@ def read_limits(texts: Sequence[str], problem: Problem) -> dict[str, float]:
 
 
 def read_limit(value: str, measure: str, problem: Problem, *, where: str) -> float:
-    """``0.5``, a share of the problem's extent, or ``6.5MiB``; UsageError that begins with ``where`` if it is neither."""
+    """``0.5``, a share of the problem's extent, or ``6.5MiB``; UsageError beginning with ``where`` if it is neither."""
     units = UNITS[measure]
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d+))?\s*([A-Za-z]*)", value.strip())
     if found is None or (found[3] and found[3] not in units):

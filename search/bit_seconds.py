@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from intarsia.ir.graph import Graph, Node
+from intarsia.ir.program import Program, materialize
 from intarsia.ir.target import Target
 from intarsia.passes.lower_integer import LowerInteger
 from intarsia.passes.quantize_integer import QuantizeInteger
@@ -12,14 +13,14 @@ from intarsia.passes.quantize_integer_layers import KEEP
 from intarsia.passes.quantize_integer_ranges import take_ranges
 from intarsia.search.roofline import node_cost
 
-Price = Callable[[Node, Graph], float]
-"""Measured seconds of one call of a graph."""
+Price = Callable[[Node, Program], float]
+"""Measured seconds of one call of a program whose weights are computed."""
 
 PRODUCTS = ("intarsia.linear_i8i8", "intarsia.conv2d_i8i8")
 
 
 def layer_seconds(
-    calibrated: Graph, target: Target, options: Mapping[str, Sequence[str]], price: Price | None = None
+    calibrated: Program, target: Target, options: Mapping[str, Sequence[str]], price: Price | None = None
 ) -> dict[str, dict[str, float]]:
     """Seconds of one call of each layer with each of its options, by the roofline unless there is a price.
 
@@ -28,12 +29,13 @@ def layer_seconds(
     """
     found: dict[str, dict[str, float]] = {layer: {} for layer in options}
     for option in dict.fromkeys(option for offered in options.values() for option in offered):
-        graph, products = _products(calibrated, target, option)
+        graph, products = _products(calibrated.graph, target, option)
+        program = materialize(Program(graph, calibrated.weights)) if price else calibrated
         sizes = {size.name: max(size.minimum, 1) for size in graph.sizes}
         for layer, offered in options.items():
             if option in offered:
                 node = products[layer]
-                found[layer][option] = price(node, graph) if price else node_cost(node, graph, target, sizes).seconds
+                found[layer][option] = price(node, program) if price else node_cost(node, graph, target, sizes).seconds
     return found
 
 

@@ -163,9 +163,14 @@ class BitStudy:
 
     @cached_property
     def seconds(self) -> tuple[Mapping[str, Mapping[str, float]], ...]:
-        """Seconds of one call, by part, layer and option."""
+        """Seconds of one call, by part, layer and option, ``keep`` among them."""
         return tuple(
-            layer_seconds(graph, self.target, offered, self.price)
+            layer_seconds(
+                Program(graph, self.ready.weights),
+                self.target,
+                {layer: tuple(dict.fromkeys((KEEP, *options))) for layer, options in offered.items()},
+                self.price,
+            )
             for graph, offered in zip(self.calibrated, self.offered, strict=True)
         )
 

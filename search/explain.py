@@ -13,6 +13,7 @@ from intarsia.passes.apply import apply, check_graph
 from intarsia.passes.base import Pass, check_chosen, find_pass
 from intarsia.passes.integer_only import left_in_float
 from intarsia.passes.sparse_attention import SparseAttention
+from intarsia.search.explain_bits import bit_entries, why_bits
 from intarsia.search.explain_heads import Bargains, site_of, weigh_heads, why_head
 from intarsia.search.places import Answers, Place, open_places, price_places, refused_places
 from intarsia.search.weighed import Weighed, share
@@ -100,7 +101,7 @@ def noted(plan: Plan, phase: int = 0) -> dict[Key, tuple[Weighed, ...]]:
             continue
         options = cast("list[dict[str, Any]]", entry["options"])
         key = (cast(int, entry["step"]), str(entry["place"]))
-        weighed = tuple(Weighed(each["option"], each["seconds"], int(each["bytes"]), each["error"]) for each in options)
+        weighed = tuple(map(_weighed, options))
         found[key] = tuple(_together(found[key], weighed)) if key in found else weighed
     return found
 
@@ -193,10 +194,13 @@ def _rows(plan: Plan, phase: int, question: _Question) -> list[Row]:
         for step, pass_ in enumerate(question.passes)
         if isinstance(pass_, SparseAttention)
     }
+    entries = bit_entries(plan, phase)
     rows: list[Row] = []
     for (step, place), option in chosen.items():
         weighed = known[step, place]
-        if question.passes[step].steers:
+        if (step, place) in entries and all(one.bops is not None for one in weighed):
+            reason = why_bits(entries[step, place], weighed, option, plan.notes)
+        elif question.passes[step].steers:
             reason = "later passes read it; it costs nothing itself"
         elif step in bargains:
             reason = why_head(weighed, option, bargains[step])
@@ -229,6 +233,19 @@ def _known(plan: Plan, phase: int, question: _Question, chosen: Mapping[Key, str
     for key, found in question.weigh(unknown).items():
         known[key] = (*known[key], found[-1]) if key in known else found
     return known
+
+
+def _weighed(noted: Mapping[str, Any]) -> Weighed:
+    """An option as a plan notes it."""
+    interval = noted.get("interval")
+    return Weighed(
+        noted["option"],
+        noted["seconds"],
+        int(noted["bytes"]),
+        noted["error"],
+        (float(interval[0]), float(interval[1])) if interval else None,
+        noted.get("bops"),
+    )
 
 
 def _together(some: Sequence[Weighed], others: Sequence[Weighed]) -> Iterator[Weighed]:

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -26,6 +25,7 @@ from intarsia.search.head_mass import attention_mass, calibrated
 from intarsia.search.head_settings import HeadSearch
 from intarsia.search.head_table import Choice, Floats, HeadTable
 from intarsia.search.journal import Journal
+from intarsia.search.loop_phases import step_ranges
 from intarsia.search.places import refused_places, run_passes
 from intarsia.search.progress import Progress
 from intarsia.search.quality import Goal, Quality, measure
@@ -37,9 +37,6 @@ from intarsia.search.workload import Loop, Run, Workload
 
 NOTED = 20_000
 """Heads times phases up to which a plan tells what every option would lose and cost."""
-
-SLOW_START = 1.5
-"""Power by which phases grow longer along the loop; 1 would make all of a length."""
 
 Decided = tuple[HeadTable, Choice]
 """What was known, and what each head does in each phase."""
@@ -116,14 +113,7 @@ class HeadStudy(ABC):
     @cached_property
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """First and last step of every phase."""
-        steps = self.steps
-        count = min(self.how.phases or steps, steps)
-        borders = [0]
-        for number in range(1, count + 1):
-            # Steps at the beginning place what the video shows; their phases are the shortest.
-            wanted = round(steps * (number / count) ** SLOW_START)
-            borders.append(min(max(wanted, borders[-1] + 1), steps - count + number))
-        return tuple((first, end - 1) for first, end in pairwise(borders))
+        return step_ranges(self.steps, self.how.phases or self.steps)
 
     @cached_property
     def heads(self) -> Heads:
