@@ -45,6 +45,9 @@ OPTIONS = {"w32a32": "keep", "w8a8": "w8a8", "w4a8": "w4a8", "w4a4": "w4a4"}
 SHARE = 0.5
 """Of the way from W4A4 to W8A8, in operations on bits: what a mix may take."""
 
+PROMPTS = 16
+"""That calibration sees, of 48; validation begins behind them, and held-out noise behind that."""
+
 RANGES = "minmax(widest=True)"
 
 
@@ -94,6 +97,8 @@ class _Bench:
         self.folder, self.quick, self.silent = folder, quick, Silent()
         subject, effort = subjects.resolve(MODEL), "quick" if quick else "default"
         self.program: Program = subject.program
+        assert subject.model is not None
+        self.model = subject.model
         self.target = load_target(TARGET)
         self.work = subjects.workload(subject, seed=0, effort=effort, progress=self.silent, record=False)
         self.held_out = subjects.workload(subject, seed=0, effort="quick", progress=self.silent, record=False)
@@ -104,6 +109,7 @@ class _Bench:
     def figures(self) -> dict[str, float]:
         """Everything that is announced."""
         engines = {FLOAT: self._engine(FLOAT, [self.program.graph])}
+        self.float = engines[FLOAT].parts[0]
         reference = self._videos(engines[FLOAT])
         found: dict[str, float] = {}
         for name in (*UNIFORM, MIXED):
@@ -162,9 +168,31 @@ class _Bench:
 
     @cached_property
     def _by_step(self) -> Sequence[tuple[int, Sequence[tuple[Tensor, ...]]]]:
-        # The ends too: what is told of the time must not leave the range that was seen.
-        steps = sorted({*range(0, self.loop.steps, 5 if self.quick else 2), self.loop.steps - 1})
-        return list(zip(steps, self.loop.record("calibration", steps, self.silent), strict=True))
+        """Calls of the float network by step: of many prompts, for ranges that two prompts show do not hold others."""
+        from intarsia.backends.by_step import TIMESTEP
+        from intarsia.backends.runner import denoiser
+        from intarsia.models.sampler import noise
+        from intarsia.subject import video_shape
+
+        model, graph = self.model, self.program.graph
+        assert model.sampler is not None
+        assert model.condition is not None
+        at = [value.name for value in graph.inputs].index(TIMESTEP)
+        found: dict[int, list[tuple[Tensor, ...]]] = {}
+        timesteps, every = model.sampler.timesteps(), 20 if self.quick else 8
+        for index, prompt in enumerate(model.prompts[:PROMPTS]):
+
+            def record(*inputs: Tensor, index: int = index) -> tuple[Tensor, ...]:
+                told = float(inputs[at][0])
+                step = min(range(len(timesteps)), key=lambda number: abs(timesteps[number] - told))
+                # The ends too: what is told of the time must not leave the range that was seen.
+                if (step + index) % every == 0 or step in (0, self.loop.steps - 1):
+                    found.setdefault(step, []).append(tuple(tensor.clone() for tensor in inputs))
+                return self.float(*inputs)
+
+            start = noise(video_shape(graph), seed=0, count=1, first=index)
+            model.sampler.sample(denoiser(record, graph), start, model.condition([prompt]))
+        return sorted(found.items())
 
     def _mixed(self) -> list[Graph]:
         """A graph for each phase, the bits of all phases chosen by one integer program."""

@@ -112,8 +112,10 @@ def _timings(
     graph = subject.program.graph
     inputs = sample_inputs(subject) or example_inputs(graph, seed=seed)
     progress.start("time engine", None)
-    stepping = isinstance(engine, AllocatedEngine)
-    timing = loop_timing(engine, inputs) if stepping else bench_loop(engine, inputs, graph=graph, phases=phases)
+    if isinstance(engine, AllocatedEngine):
+        timing = loop_timing(engine, inputs)
+    else:
+        timing = bench_loop(engine, inputs, graph=graph, phases=phases)
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "device": engine.device,
