@@ -115,7 +115,8 @@ Strategy = Annotated[
     str,
     typer.Option(
         "--strategy",
-        help="places; heads(density=0.25, ...): patterns of attention heads; bits(bops=0.5, ...): bits of layers.",
+        help="places; heads(density=0.25): patterns of attention heads; bits(bops=0.5): bits of layers; "
+        "steps(budget=0.5): tokens by denoising step.",
     ),
 ]
 MinimizeOption = Annotated[Minimize, typer.Option("--minimize", help="What to make small.")]

@@ -42,6 +42,8 @@ from intarsia.search.progress import Progress, Silent
 from intarsia.search.quality import Goal
 from intarsia.search.search import SearchResult
 from intarsia.search.search import search as find_plan
+from intarsia.search.step_search import StepSearch
+from intarsia.step_flow import searched_steps
 from intarsia.subject import Subject
 from intarsia.timing import measured_seconds
 
@@ -98,8 +100,9 @@ def search(
         quality: Lower bounds against the unchanged model, such as ``"psnr>=35,motion_psnr>=30"``.
         passes: Whose questions are asked, in the order in which they run.
         strategy: ``places``, one answer for the whole loop from errors of every place alone;
-            ``heads(key=value)``, patterns of attention heads by phases of the loop, see ``search.heads.HeadSearch``; or
-            ``bits(key=value)``, bits of every layer in integers, see ``search.bit_settings.BitSearch``.
+            ``heads(key=value)``, patterns of attention heads by phases of the loop, see ``search.heads.HeadSearch``;
+            ``bits(key=value)``, bits of every layer in integers, see ``search.bit_settings.BitSearch``; or
+            ``steps(key=value)``, which tokens the loop computes when, see ``search.step_search.StepSearch``.
         minimize: ``seconds``, ``bytes``, or ``both`` (the sum of both, each relative to the unchanged model).
         budget: Seconds for the search; what is best by then is the answer.
         fresh: Ignore what earlier searches have measured.
@@ -114,10 +117,10 @@ def search(
     how = _strategy(strategy)
     if how is None and goal is None:
         raise UsageError(
-            '--quality is missing, such as --quality "psnr>=35"; only --strategy heads and bits can do without'
+            '--quality is missing, such as --quality "psnr>=35"; only --strategy heads, bits and steps can do without'
         )
-    if isinstance(how, BitSearch) and tuple(passes) != PASSES:
-        raise UsageError("strategy bits: it has passes of its own; leave --pass out")
+    if isinstance(how, BitSearch | StepSearch) and tuple(passes) != PASSES:
+        raise UsageError(f"strategy {Spec.parse(strategy).name}: it has passes of its own; leave --pass out")
     if samples is not None and not isinstance(how, BitSearch):
         raise UsageError(f"--data is what --strategy bits is measured on; --strategy {strategy} takes none")
     subject = model if isinstance(model, Subject) else _search_subject(model, how, weights, progress)
@@ -155,6 +158,10 @@ def search(
             weights=weights,
             progress=progress,
         )
+    elif isinstance(how, StepSearch):
+        result = searched_steps(
+            subject, machine, goal, how=how, effort=effort, seed=seed, fresh=fresh, budget=budget, progress=progress
+        )
     else:
         result = _heads(
             subject,
@@ -175,21 +182,24 @@ def search(
     return result
 
 
-def _strategy(text: str) -> HeadSearch | BitSearch | None:
-    """How heads or bits are searched; None for the search over all places."""
+Strategy = HeadSearch | BitSearch | StepSearch
+"""How heads, bits or steps are searched."""
+
+STRATEGIES: Mapping[str, type[Strategy]] = {"heads": HeadSearch, "bits": BitSearch, "steps": StepSearch}
+
+
+def _strategy(text: str) -> Strategy | None:
+    """What ``name(key=value)`` stands for; None for the search over all places."""
     spec = Spec.parse(text)
-    if spec.name == "heads":
-        return construct(HeadSearch, spec)
-    if spec.name == "bits":
-        return construct(BitSearch, spec)
+    if spec.name in STRATEGIES:
+        return construct(STRATEGIES[spec.name], spec)
     if str(spec) != PLACES:
-        raise UsageError(f"--strategy {text!r} is unknown. Known: {PLACES}, heads(key=value), bits(key=value)")
+        known = ", ".join([PLACES, *(f"{name}(key=value)" for name in STRATEGIES)])
+        raise UsageError(f"--strategy {text!r} is unknown. Known: {known}")
     return None
 
 
-def _search_subject(
-    model: str | Path, how: HeadSearch | BitSearch | None, weights: Path | None, progress: Progress
-) -> Subject:
+def _search_subject(model: str | Path, how: Strategy | None, weights: Path | None, progress: Progress) -> Subject:
     """The model with its weights; on the meta device where a table stands for all that would be measured."""
     if not isinstance(how, HeadSearch) or not how.table:
         return _resolve(model, weights, progress)
