@@ -93,7 +93,7 @@ def step_map(video: Tensor, trace: StepTrace) -> bytes:
         pen.text((MARGIN, at + tall / 2), label, QUIET, _font(13), anchor="lm")
     for place, number in enumerate(_chosen(len(frames), columns)):
         left = MARGIN + LABEL + place * (side + GAP)
-        picture = Image.fromarray(frames[number]).resize((side, tall), Image.Resampling.NEAREST)
+        picture = _scaled(frames[number], side, tall)
         level = _sized(steps[_token_frame(number, len(frames), trace)] / count, side, tall)
         sheet.paste(picture, (left, top))
         layer = Image.fromarray(np.asarray(_colours(level, GLOW), dtype=np.uint8))
@@ -116,7 +116,7 @@ def step_animation(videos: Sequence[Tensor], trace: StepTrace, sigmas: Sequence[
     computed = trace.computed
     of_step = list(videos) if len(videos) > 1 else [videos[0]] * len(computed)
     shown = [_step_picture(_frames(video), trace, step, sigmas[step]) for step, video in enumerate(of_step)]
-    shown = [picture.quantize(64, kmeans=1, dither=Image.Dither.NONE) for picture in shown]
+    shown = [picture.quantize(128, kmeans=1, dither=Image.Dither.NONE) for picture in shown]
     buffer = io.BytesIO()
     durations = [MILLISECONDS] * (len(shown) - 1) + [LAST_MILLISECONDS]
     shown[0].save(buffer, format="GIF", save_all=True, append_images=shown[1:], duration=durations, loop=0)
@@ -143,7 +143,7 @@ def _step_picture(frames: Pixels, trace: StepTrace, step: int, sigma: float) -> 
     pen.text((MARGIN, MARGIN + 18), f"noise level {sigma:.2f}; tokens under a veil rest", QUIET, _font(12))
     for place, number in enumerate(chosen):
         left, top = MARGIN + place % columns * (side + GAP), MARGIN + 44 + place // columns * (tall + GAP)
-        picture = Image.fromarray(frames[number]).resize((side, tall), Image.Resampling.NEAREST)
+        picture = _scaled(frames[number], side, tall)
         rests = ~computed[step][_token_frame(number, len(frames), trace)]
         veil = Image.fromarray((_sized(rests, side, tall) * 255 * VEIL).astype(np.uint8))
         picture.paste(Image.new("RGB", (side, tall), PAGE), (0, 0), veil)
@@ -214,6 +214,14 @@ def _frames(video: Tensor) -> Pixels:
     """Pixels (F, H, W, 3) of a video (3, F, H, W) in [-1, 1]."""
     levels = ((video.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round()
     return levels.permute(1, 2, 3, 0).contiguous().numpy().astype(np.uint8)
+
+
+def _scaled(frame: Pixels, width: int, height: int) -> Image.Image:
+    """A frame (H, W, 3) as a picture of this size: pixels of small ones stay squares."""
+    from PIL import Image
+
+    smaller = frame.shape[1] > width
+    return Image.fromarray(frame).resize((width, height), Image.Resampling.BOX if smaller else Image.Resampling.NEAREST)
 
 
 def _chosen(frames: int, count: int) -> list[int]:
