@@ -17,6 +17,7 @@ from intarsia.ir.types import TensorType
 from intarsia.passes.active_tokens import ACTIVE
 from intarsia.passes.apply import apply
 from intarsia.search.roofline import Prediction, predict
+from intarsia.search.step_memory import require_room
 from intarsia.subject import Subject, smallest_sizes
 
 
@@ -50,6 +51,8 @@ def planned(subject: Subject, plan: Plan | None, target: Target) -> Programs:
     if plan is None:
         return Programs({0: materialize(subject.program)})
     graphs = [apply(plan, graph, target, phase=number) for number in range(len(plan.phases))]
+    for one in filter(StepInputs.of, graphs):
+        require_room(one, target)
     if len(graphs) > 1 and any(map(StepInputs.of, graphs)):
         raise PlanError("plan: active-tokens has caches that go from step to step; give it one phase")
     alike = [graphs.index(one) for one in graphs]

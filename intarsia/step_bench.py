@@ -19,6 +19,7 @@ from intarsia.models.sampler import FlowMatchEuler
 from intarsia.passes.active_tokens import ActiveTokens
 from intarsia.passes.apply import run_passes
 from intarsia.search.roofline import predict
+from intarsia.search.step_memory import require_room
 from intarsia.search.step_space import Policy
 from intarsia.search.workload import Run
 from intarsia.subject import Subject
@@ -83,7 +84,9 @@ class StepBench:
         return self._engines[caches]
 
     def _graph(self, caches: str) -> Graph:
-        return ActiveTokens(caches=caches).run(self.subject.program.graph, self.target, {})
+        made = ActiveTokens(caches=caches).run(self.subject.program.graph, self.target, {})
+        require_room(made, self.target)
+        return made
 
     def _built(self, graph: Graph, name: str) -> Engine:
         backend = find_backend(BACKEND)
