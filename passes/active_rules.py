@@ -217,6 +217,7 @@ _RULES: Mapping[str, RowRule] = {
             "aten.permute",
             "aten.transpose.int",
             "aten.t",
+            "aten.index_select",
             "aten.unbind.int",
             "aten.select.int",
             "aten.slice.Tensor",
