@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from intarsia.backends import agreement
 from intarsia.backends import tensorrt_build as script
 from intarsia.backends import tensorrt_limits as limits
 from intarsia.backends.base import Backend, Built, Engine, require_support
@@ -153,7 +154,8 @@ class TensorrtBackend(Backend):
         Measured: at most 0.5 % of the integers, with multipliers that make ties common (docs/decisions/005).
         """
         integers = any(graph.find(*PRODUCTS))
-        return max(super().tolerance(graph), 1e-2) if integers else super().tolerance(graph)
+        step = agreement.QUANTIZED if any(graph.find("intarsia.quantize_static")) else 1e-2
+        return max(super().tolerance(graph), step) if integers else super().tolerance(graph)
 
     def load_reference(self, folder: Path, files: Sequence[str]) -> Engine:
         """The typed ONNX on the CPU, rounded to its element types after each node."""

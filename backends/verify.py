@@ -182,5 +182,6 @@ def _agree(variant: Variant, name: str, found: tuple[Tensor, ...], expected: tup
     error = agreement.error(found, expected)
     if not error <= allowed:
         place = f"{variant.bundle.folder}{variant.suffix}"
-        raise QualityError(f"{place}: {what} differs by {error:.1e}; {allowed:.0e} is allowed")
-    return f"{what}: {error:.1e} of {allowed:.0e} allowed"
+        more = f"{allowed:.0e} is allowed" if allowed else "integers are equal, so nothing is allowed"
+        raise QualityError(f"{place}: {what} differs by {error:.1e}; {more}")
+    return f"{what}: {f'{error:.1e} of {allowed:.0e} allowed' if allowed else 'equal, as integers are'}"

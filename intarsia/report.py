@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from intarsia.backends.writing import new_file
+from intarsia.report_bits import BitsSection, bits_section
 from intarsia.report_charts import BarGroup, MetricRow, Trail, bars, bars_note, metric_row, trail
 from intarsia.report_facts import METRICS, Facts, figure, read_facts, timing
 from intarsia.report_heads import HeadsSection, heads_section
@@ -76,6 +77,7 @@ class Page:
     cards: tuple[Card, ...]
     frames: str | None
     frames_caption: str
+    measured_on: str
     metrics: tuple[MetricRow, ...]
     bars: tuple[BarGroup, ...]
     bars_note: str
@@ -83,6 +85,7 @@ class Page:
     loop: str
     maps: tuple[Map, ...]
     heads: HeadsSection | None
+    bits: BitsSection | None
     trail: Trail | None
     command: str
     identity: tuple[tuple[str, str], ...]
@@ -103,6 +106,7 @@ def page_of(folder: Path) -> Page:
         cards=_cards(facts),
         frames=_data_uri(facts.frames) if facts.frames else None,
         frames_caption="Left what the unchanged model makes, right what the engine makes of the same noise and prompt.",
+        measured_on=facts.measured_on,
         metrics=tuple(metric_row(name, values, facts.goal.get(name)) for name, values in facts.quality.items()),
         bars=bars(facts),
         bars_note=bars_note(facts),
@@ -110,6 +114,7 @@ def page_of(folder: Path) -> Page:
         loop=_loop(facts),
         maps=maps(facts.plan) if facts.plan else (),
         heads=heads_section(facts.folder, facts.plan),
+        bits=bits_section(facts.plan),
         trail=trail(facts.plan, facts.goal) if facts.plan else None,
         command=str(manifest["command"]),
         identity=(
@@ -191,7 +196,7 @@ def _verdict(facts: Facts) -> str:
         name = next(iter(facts.goal), next(iter(facts.quality)))
         values = facts.quality[name]
         subject = "it stays" if not facts.on_reference else "its reference, run in its place, stays"
-        text += f" On held-out noise {subject} at {figure(name, values['mean'])} {METRICS.get(name, name)}"
+        text += f" On {facts.measured_on} {subject} at {figure(name, values['mean'])} {METRICS.get(name, name)}"
         bound = facts.goal.get(name)
         text += f", where {figure(name, bound)} was asked." if bound is not None else "."
     return text

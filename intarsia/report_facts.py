@@ -40,6 +40,12 @@ class Facts:
         return {name: metrics[name] for name in (*METRICS, *metrics) if name in metrics}
 
     @property
+    def measured_on(self) -> str:
+        """What the quality was measured on."""
+        kind = self.manifest.get("quality", {}).get("workload", {}).get("kind")
+        return "random inputs" if kind == "outputs on random inputs" else "held-out noise"
+
+    @property
     def goal(self) -> Mapping[str, float]:
         """What was asked, by metric; empty where nothing was."""
         text = str(self.manifest.get("quality", {}).get("goal") or "")

@@ -6,16 +6,23 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.spec import Spec
 from intarsia.report_heads import is_of_heads
 from intarsia.search.explain import noted, why
+from intarsia.search.explain_bits import bit_entries, why_bits
 from intarsia.search.weighed import Weighed
 from intarsia.units import duration, size
 
 TONES = 6
 """Shades that the page has for options, from what leaves a place as it is to what changes it most."""
+
+ERROR = "the relative squared error of the network's output with this one place changed"
+
+MEASURED = ("calibrate", "smooth-linear")
+"""Passes whose answers are numbers of their own at each place."""
 
 _BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")
 
@@ -72,6 +79,7 @@ class Map:
 
     run: str
     phase: str
+    error_is: str
     legend: tuple[LegendEntry, ...]
     kinds: tuple[tuple[str, ...], ...]
     rows: tuple[MapRow, ...]
@@ -80,13 +88,24 @@ class Map:
 
 
 def maps(plan: Plan) -> tuple[Map, ...]:
-    """One map for each pass that had something to decide, but for heads, which have maps of their own."""
+    """One map for each pass that had something to decide, but for heads, which have maps of their own, and what was
+    measured for later passes, such as ranges.
+    """
     many = len(plan.phases) > 1
     return tuple(
-        _map(plan, step, options, _refused(plan, number, phase), _phase_text(at, phase) if many else "")
+        _map(
+            plan,
+            step,
+            options,
+            _refused(plan, number, phase),
+            phase=_phase_text(at, phase) if many else "",
+            of_bits={place: entry for (asked, place), entry in bit_entries(plan, phase).items() if asked == number},
+        )
         for phase, at in enumerate(plan.phases)
         for number, step in enumerate(at.steps)
-        if not is_of_heads(step) and ((options := _options(plan, number, phase)) or step.chosen)
+        if not is_of_heads(step)
+        and step.run.partition("(")[0] not in MEASURED
+        and ((options := _options(plan, number, phase)) or step.chosen)
     )
 
 
@@ -108,12 +127,27 @@ def _refused(plan: Plan, number: int, phase: int) -> Mapping[str, str]:
     }
 
 
-def _map(plan: Plan, step: Step, known: Mapping[str, Sequence[Weighed]], refused: Mapping[str, str], phase: str) -> Map:
+def _map(
+    plan: Plan,
+    step: Step,
+    known: Mapping[str, Sequence[Weighed]],
+    refused: Mapping[str, str],
+    *,
+    phase: str,
+    of_bits: Mapping[str, Mapping[str, Any]],
+) -> Map:
     tones = _tones(step, known)
     total = plan.notes.get("error")
     chosen = {place: options[0].option for place, options in known.items()} | dict(step.chosen)
+
+    def reason(place: str, option: str) -> str:
+        options = tuple(known.get(place, ()))
+        if place in of_bits and any(one.option == option for one in options):
+            return why_bits(of_bits[place], options, option, plan.notes)
+        return why(options, option, total if isinstance(total, float) else None) if options else ""
+
     places = {
-        place: _place(place, option, tones[option], known.get(place, ()), total if isinstance(total, float) else None)
+        place: _place(place, option, tones[option], known.get(place, ()), reason(place, option))
         for place, option in chosen.items()
     }
     cells = {name: _cell(place, known.get(name, ())) for name, place in places.items()}
@@ -122,6 +156,7 @@ def _map(plan: Plan, step: Step, known: Mapping[str, Sequence[Weighed]], refused
     return Map(
         run=step.run,
         phase=phase,
+        error_is=str(plan.notes.get("error_is", ERROR)),
         legend=tuple(LegendEntry(option, tone, counts[option]) for option, tone in tones.items()),
         kinds=tuple(tuple(kind.split(".")) for kind in kinds),
         rows=rows,
@@ -138,9 +173,9 @@ def _tones(step: Step, known: Mapping[str, Sequence[Weighed]]) -> dict[str, int]
     return {option: min(index, TONES - 1) for index, option in enumerate(options)}
 
 
-def _place(name: str, chosen: str, tone: int, options: Sequence[Weighed], total: float | None) -> PlaceRow:
+def _place(name: str, chosen: str, tone: int, options: Sequence[Weighed], reason: str) -> PlaceRow:
     tried = tuple(Tried(f"{weighed.option}: {_figures(weighed)}", weighed.option == chosen) for weighed in options)
-    return PlaceRow(name, chosen, tone, why(tuple(options), chosen, total) if options else "", tried)
+    return PlaceRow(name, chosen, tone, reason, tried)
 
 
 def _figures(weighed: Weighed) -> str:

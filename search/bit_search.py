@@ -312,6 +312,7 @@ class _Search:
         used = {measure: digits(study.used(chosen, measure)) for measure in MEASURES}
         return {
             "error": digits(study.used(chosen, "perturbation")),
+            "error_is": study.error_is,
             "limits": {measure: digits(limit) for measure, limit in study.limits.items()},
             "used": used,
             "extent": {measure: list(map(digits, study.within.extent(measure))) for measure in MEASURES},

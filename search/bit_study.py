@@ -161,6 +161,20 @@ class BitStudy:
                 found[self.name(number, layer)] = weighed
         return found
 
+    @property
+    def error_is(self) -> str:
+        """What ``errors`` are, in words."""
+        match self.how.sensitivity:
+            case "hessian":
+                return "the trace of a layer's Hessian, averaged, times the squared change of its weights"
+            case "fisher":
+                return "half the Fisher information of a layer's weights times their squared changes"
+            case "output":
+                return "the squared change of the output with a layer's weights rounded, relative to its squared norm"
+        if self._squared:
+            return "the squared change of the output with a layer on grids, relative to its squared norm"
+        return "the Kullback-Leibler divergence from the float network's answer with a layer on grids"
+
     @cached_property
     def seconds(self) -> tuple[Mapping[str, Mapping[str, float]], ...]:
         """Seconds of one call, by part, layer and option, ``keep`` among them."""

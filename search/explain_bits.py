@@ -48,7 +48,12 @@ def why_bits(entry: Mapping[str, Any], options: Sequence[Weighed], chosen: str, 
 def limits_kept(notes: Mapping[str, Any]) -> str:
     """What the whole plan takes of what was limited: ``bops 1.59 G of 1.64 G``; empty where nothing was."""
     limits, used = notes.get("limits", {}), notes.get("used", {})
-    return ", ".join(f"{name} {_short(used[name], name)} of {_short(limit, name)}" for name, limit in limits.items())
+    return ", ".join(f"{name} {short(used[name], name)} of {short(limit, name)}" for name, limit in limits.items())
+
+
+def short(value: float, measure: str) -> str:
+    """A measure to three digits: ``1.59 G``."""
+    return shown(float(f"{value:.3g}"), measure)
 
 
 def _error(option: Weighed, total: object) -> str:
@@ -59,9 +64,4 @@ def _error(option: Weighed, total: object) -> str:
 
 
 def _operations(more: Weighed, fewer: Weighed) -> str:
-    return f"{_short((more.bops or 0.0) - (fewer.bops or 0.0), 'bops')} bit operations"
-
-
-def _short(value: float, measure: str) -> str:
-    """Three digits in the unit that fits the measure."""
-    return shown(float(f"{value:.3g}"), measure)
+    return f"{short((more.bops or 0.0) - (fewer.bops or 0.0), 'bops')} bit operations"

@@ -60,10 +60,26 @@ def test_the_coarsest_element_type_sets_the_tolerance() -> None:
     assert agreement.tolerance(Graph.parse("graph g {\n input %i: i64[2]\n return %i\n}")) == 0
 
 
-def test_activations_rounded_to_eight_bits_may_differ_by_a_step() -> None:
-    text = (
-        "graph g {\n  input %x: f32[4]\n  %q: i8[4] = intarsia.quantize_static(input=%x, scale=0.1)\n  return %q\n}\n"
-    )
+def test_activations_rounded_to_eight_bits_behind_floats_may_differ_by_a_step() -> None:
+    text = """graph g {
+      input %x: f32[4]
+      %y: f32[4] = aten.sin(self=%x)
+      %q: i8[4] = intarsia.quantize_static(input=%y, scale=0.1)
+      return %q
+    }"""
     assert agreement.tolerance(Graph.parse(text)) == agreement.QUANTIZED
+
+
+def test_integers_are_equal_and_so_are_inputs_that_are_rounded_and_outputs_that_get_a_scale() -> None:
     integers = "graph g {\n  input %x: i32[4]\n  %y: i32[4] = aten.neg(self=%x)\n  return %y\n}\n"
     assert agreement.tolerance(Graph.parse(integers)) == 0.0
+    network = """graph g {
+      input %x: f32[4]
+      %q: i8[4] = intarsia.quantize_static(input=%x, scale=0.1)
+      %n: i8[4] = aten.neg(self=%q)
+      %y: f32[4] = intarsia.dequantize_static(input=%n, scale=0.1, dtype=torch.float32)
+      return %y
+    }"""
+    assert agreement.tolerance(Graph.parse(network)) == 0.0
+    again = network.replace("return %y", "%z: f32[4] = aten.sin(self=%y)\n return %z")
+    assert agreement.tolerance(Graph.parse(again)) == agreement.QUANTIZED
