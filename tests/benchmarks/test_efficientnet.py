@@ -49,8 +49,7 @@ def test_integers_alone_name_what_floats_name(benchmark: ModuleType) -> None:
     pictures, _ = foolbox_pictures()
     program = benchmark.folded()
     seen, judged = (
-        torch.cat([benchmark.views(one, quick=True)[:1] for one in part])
-        for part in (pictures[1:5:2], pictures[0:6:2])
+        torch.cat([benchmark.views(one, quick=True)[:1] for one in part]) for part in (pictures[1:5:2], pictures[0:6:2])
     )
     found = benchmark.answers(program, judged=judged, seen=seen, method="minmax(widest=True)")
     expected = benchmark.logits(program, judged)
