@@ -52,9 +52,9 @@ def errors_on_grids(
     """
     told = progress or Silent()
     asked = [(group, option) for group, offered in options.items() for option in offered]
-    told.start("layers on grids", len(asked) * len(data.batches))
     found: dict[tuple[Group, str], list[float]] = {key: [] for key in asked}
     differences = {key: difference(base.graph, change(*key)) for key in asked}
+    told.start("layers on grids", len(asked) * len(data.batches))
     measuring = _Measuring(base, data.squared, guide, journal)
     for number, batch in enumerate(data.batches):
         call = measuring.call(batch)

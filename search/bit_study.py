@@ -20,10 +20,11 @@ from intarsia.passes.quantize_integer_layers import KEEP, ties
 from intarsia.search.bit_counts import FIRST_AND_LAST, Count, counts
 from intarsia.search.bit_data import Data, check
 from intarsia.search.bit_errors import Group, errors_on_grids
-from intarsia.search.bit_layers import Layer, Problem
+from intarsia.search.bit_layers import Layer, Problem, bits
+from intarsia.search.bit_readers import read_by
 from intarsia.search.bit_seconds import Price, layer_seconds
 from intarsia.search.bit_sensitivity import OPTIONS, Perturbations, perturbations
-from intarsia.search.bit_settings import GRIDS, BitSearch
+from intarsia.search.bit_settings import GRIDS, NO, BitSearch
 from intarsia.search.bits import Solution, solve
 from intarsia.search.calibration import calibrate, find_method
 from intarsia.search.estimate import Estimate
@@ -91,10 +92,18 @@ class BitStudy:
         return cls(program, target, (Part(data),), how, journal)
 
     @cached_property
+    def settled(self) -> BitSearch:
+        """How it is searched, nothing left open."""
+        if self.guide is not None or len(self.parts) > 1:
+            return self.how.for_loop()
+        graph = self.program.graph
+        return self.how.for_call(classes=len(graph.type(graph.outputs[0]).shape) == 2)
+
+    @cached_property
     def before(self) -> tuple[Step, ...]:
         """The steps before ranges are measured that do something; the answers of ``smooth-linear`` are measured."""
         graph, steps = self.program.graph, []
-        for text in (FOLD, *([SMOOTH] if self.how.smooth else [])):
+        for text in (FOLD, *([SMOOTH] if self.settled.smooth != NO else [])):
             chosen = self._smoothing(graph) if text == SMOOTH else {}
             changed = find_pass(text).run(graph, self.target, chosen)
             steps += [Step(text, chosen)] if changed is not graph else []
@@ -110,18 +119,27 @@ class BitStudy:
         return materialize(Program(graph, self.program.weights))
 
     @cached_property
-    def ranges(self) -> tuple[Mapping[str, str], ...]:
-        """The answers of ``calibrate``, by part."""
-        method = find_method(self.how.ranges)
-        return tuple(
-            calibrate(self.ready, part.data.batches, method, progress=self.progress, total=len(part.data.batches))
-            for part in self.parts
-        )
+    def wide(self) -> tuple[Mapping[str, str], ...]:
+        """The answers of ``calibrate`` for all values, by part."""
+        return self._calibrated(self.settled.ranges)
+
+    @cached_property
+    def narrow(self) -> tuple[Mapping[str, str], ...]:
+        """The same for values that only inputs of four bits are made of."""
+        return self._calibrated(self.settled.narrow)
+
+    def ranges(self, number: int, chosen: Mapping[str, str]) -> Mapping[str, str]:
+        """The answers of ``calibrate`` in a part where layers have these options."""
+        four = {layer for layer, option in chosen.items() if option != KEEP and bits(option)[1] == 4}
+        if not four:
+            return self.wide[number]
+        only = read_by(four, self.wide[number], self.ready.graph)
+        return {place: self.narrow[number][place] if place in only else o for place, o in self.wide[number].items()}
 
     @cached_property
     def calibrated(self) -> tuple[Graph, ...]:
         """The graph with its ranges, by part."""
-        return tuple(find_pass(CALIBRATE).run(self.ready.graph, self.target, found) for found in self.ranges)
+        return tuple(find_pass(CALIBRATE).run(self.ready.graph, self.target, found) for found in self.wide)
 
     @cached_property
     def offered(self) -> tuple[Mapping[str, tuple[str, ...]], ...]:
@@ -255,8 +273,9 @@ class BitStudy:
 
     def _steps(self, number: int, chosen: Mapping[str, str]) -> tuple[Step, ...]:
         asked = {layer: chosen.get(self.name(number, layer), FIRST_AND_LAST) for layer in self.offered[number]}
-        bits = {layer: option for layer, option in asked.items() if option != KEEP}
-        return *self.before, Step(CALIBRATE, self.ranges[number]), Step(QUANTIZE, bits), Step(LOWER)
+        decided = {layer: option for layer, option in asked.items() if option != KEEP}
+        ranges = Step(CALIBRATE, self.ranges(number, decided))
+        return *self.before, ranges, Step(QUANTIZE, decided), Step(LOWER)
 
     def _layer(self, number: int, part: Part, count: Count) -> Layer:
         name = self.name(number, count.name)
@@ -302,22 +321,33 @@ class BitStudy:
 
     def _changed(self, number: int, group: Group, option: str) -> Graph:
         """The graph with one group of layers on grids."""
-        return QuantizeInteger().run(self.calibrated[number], self.target, dict.fromkeys(group, option))
+        chosen = dict.fromkeys(group, option)
+        graph = find_pass(CALIBRATE).run(self.ready.graph, self.target, self.ranges(number, chosen))
+        return QuantizeInteger().run(graph, self.target, chosen)
+
+    def _calibrated(self, method: str) -> tuple[Mapping[str, str], ...]:
+        return tuple(
+            calibrate(
+                self.ready,
+                part.data.batches,
+                find_method(method),
+                progress=self.progress,
+                total=len(part.data.batches),
+            )
+            for part in self.parts
+        )
 
     def _smoothing(self, graph: Graph) -> Mapping[str, str]:
         batches = [batch for part in self.parts for batch in part.data.batches]
         program = Program(graph, self.program.weights)
-        method = find_method(self.how.ranges)
-        found = smooth(program, batches, bits=self.how.smooth, method=method, progress=self.progress)
+        method = find_method(self.settled.ranges)
+        found = smooth(program, batches, bits=self.settled.smooth, method=method, progress=self.progress)
         return dict(found.chosen)
 
     @property
     def _squared(self) -> bool:
         """Whether the first output is numbers rather than scores of classes."""
-        if self.how.outputs != "auto":
-            return self.how.outputs == "numbers"
-        graph = self.program.graph
-        return self.parts[0].last is not None or self.guide is not None or len(graph.type(graph.outputs[0]).shape) != 2
+        return self.settled.outputs == "numbers"
 
 
 def _counted(option: str) -> str:

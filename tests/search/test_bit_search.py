@@ -15,9 +15,11 @@ from intarsia.ir.program import Program, materialize
 from intarsia.ir.spec import Spec, construct
 from intarsia.ir.target import load_target
 from intarsia.passes.apply import apply
+from intarsia.passes.calibrate import range_of
 from intarsia.passes.integer_only import integer_only
 from intarsia.search.bit_data import Data
 from intarsia.search.bit_errors import distances
+from intarsia.search.bit_readers import read_by
 from intarsia.search.bit_search import search_bits
 from intarsia.search.bit_settings import BitSearch
 from intarsia.search.bit_study import BitStudy, Part
@@ -183,6 +185,25 @@ def test_settings_that_cannot_be_are_one_line(text: str, said: str):
     with pytest.raises(SpecError) as caught:
         construct(BitSearch, Spec.parse(text))
     assert said in str(caught.value)
+
+
+def test_what_layers_of_four_bits_alone_read_has_a_range_for_four_bits(four: Program, data: Data):
+    found = read_by({"second", "third"}, ("x", "a", "b"), four.graph)
+    assert found == {"a"}
+    assert read_by({"second"}, ("a",), four.graph) == set()
+    study = BitStudy(four, TARGET, (Part(data),), BitSearch())
+    wide, narrow = study.ranges(0, {}), study.ranges(0, {"second": "w4a4", "third": "w4a4"})
+    assert range_of(narrow["a"])[1] < range_of(wide["a"])[1]
+    assert {place for place in wide if wide[place] != narrow[place]} == {"a"}
+
+
+def test_a_layer_may_stay_in_float_where_that_is_offered(four: Program, data: Data):
+    plan = searched(four, data, "bits(options='keep,w8a8')")
+    assert bits_of(plan) == dict.fromkeys(("first", "second", "third", "fourth"), "w8a8")
+    study = BitStudy(four, TARGET, (Part(data),), BitSearch(options="keep,w8a8"))
+    float_or_eight = study.solve({"bops": study.used(dict.fromkeys(study.offered[0], "w8a8"), "bops") * 4})
+    assert "keep" in float_or_eight.values()
+    assert "second" not in bits_of(study.plan({**float_or_eight, "second": "keep"}))
 
 
 def test_a_goal_needs_a_loop(four: Program, data: Data):
