@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from intarsia.backends.phases import StepRange, title
-from intarsia.passes.integer_only import left_in_float
-from intarsia.passes.quantize_integer_layers import BITS
 from intarsia.report_facts import METRICS, figure
 from intarsia.units import amount, duration, growth, size, speed
 
@@ -164,6 +162,8 @@ def _attention(sites: Sequence[Mapping[str, Any]]) -> Table:
 
 def searched(result: SearchResult, output: Path) -> tuple[dict[str, object], Lines]:
     """What a search found."""
+    from intarsia.passes.quantize_integer_layers import BITS
+
     before, after = result.baseline, result.predicted
     facts: dict[str, object] = {
         "output": str(output),
@@ -276,6 +276,8 @@ def _interval(ends: tuple[float, float] | None) -> str:
 
 def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:
     """What a bundle holds and claims."""
+    from intarsia.passes.integer_only import left_in_float
+
     manifest, predicted, measured = bundle.manifest, bundle.manifest["predicted"], bundle.measurements
     target = manifest["target"]["name"]
     in_float = left_in_float(variant.graph for variant in bundle.variants)
