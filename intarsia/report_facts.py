@@ -10,11 +10,9 @@ from typing import Any
 
 from intarsia.backends.manifest import OWN
 from intarsia.backends.phases import StepRange
-from intarsia.backends.variant import GRAPH
 from intarsia.ir.errors import UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
-from intarsia.passes.integer_only import INTO, left_in_float
 
 METRICS = {"psnr": "PSNR", "ssim": "SSIM", "motion_psnr": "motion PSNR"}
 """What people call the metrics."""
@@ -60,6 +58,9 @@ class Facts:
     @property
     def in_float(self) -> tuple[str, ...] | None:
         """What an integer network leaves in float, as its graphs say; None where no graph has integers."""
+        from intarsia.backends.variant import GRAPH
+        from intarsia.passes.integer_only import INTO, left_in_float
+
         files = (self.folder / name for name in self.manifest["files"] if Path(name).name == GRAPH)
         texts = (file.read_text() for file in files)
         return left_in_float(Graph.parse(text) for text in texts if INTO in text)
