@@ -33,8 +33,8 @@ from intarsia.search.search import SearchResult
 from intarsia.search.workload import Workload
 from intarsia.timing import measured_layers
 
-RECORDED = 4
-"""Steps of each phase, evenly spread, at which a loop's calls are kept."""
+RECORDED = 20
+"""Steps of each phase at which a loop's calls are kept: ranges of what is told the time differ from step to step."""
 
 A_CALL = 16
 """Samples of one call where the graph leaves their number open."""
@@ -144,9 +144,9 @@ def _of_loop(workload: Workload, phases: int, progress: Progress) -> tuple[Part,
 
 
 def _spread(first: int, last: int) -> list[int]:
-    """At most ``RECORDED`` steps of a range, evenly spread."""
+    """At most ``RECORDED`` steps of a range, evenly spread, the first and the last among them."""
     count = min(RECORDED, last - first + 1)
-    return [first + (2 * number + 1) * (last - first + 1) // (2 * count) for number in range(count)]
+    return sorted({first + round(number * (last - first) / max(1, count - 1)) for number in range(count)})
 
 
 def _read(samples: Samples, graph: Graph) -> Data:

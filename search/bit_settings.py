@@ -38,7 +38,8 @@ class BitSearch:
         narrow: The same for values that only layers with inputs of four bits read.
         sensitivity: What bits cost in accuracy: ``grids`` measures the network with a layer's weights and input
             rounded; ``hessian``, ``fisher`` and ``output`` look at weights alone.
-        samples: Calibration samples, at most, that sensitivities are measured on; the first of those given.
+        samples: Calibration samples that sensitivities are measured on, in calls evenly spread over those given; 0 for
+            64, or 16 of each phase of a loop.
         smooth: Bits, such as 'w4a8', for which what linear layers read is smoothed before it is calibrated; ``no`` for
             none; ``auto`` smooths for a loop, for inputs of eight bits.
         outputs: Whether the network's first output are scores of ``classes`` or ``numbers``; ``auto`` takes an output
@@ -54,7 +55,7 @@ class BitSearch:
     ranges: str = AUTO
     narrow: str = "mse(bits=4)"
     sensitivity: str = GRIDS
-    samples: int = 64
+    samples: int = 0
     smooth: str = AUTO
     outputs: str = AUTO
     phases: int = 1
@@ -73,8 +74,8 @@ class BitSearch:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
         if self.smooth not in (AUTO, NO, *BITS):
             raise ValueError(f"smooth is {self.smooth!r}; it is one of {', '.join((AUTO, NO, *BITS))}")
-        if min(self.samples, self.phases) < 1:
-            raise ValueError("samples and phases are at least 1")
+        if self.samples < 0 or self.phases < 1:
+            raise ValueError("samples is at least 0, phases at least 1")
 
     @property
     def offered(self) -> tuple[str, ...]:
@@ -85,18 +86,19 @@ class BitSearch:
         """What ``auto`` stands for in a denoising loop."""
         eight = [option for option in self.offered if BITS.get(option, (0, 0))[1] == 8]
         found = min(eight, key=lambda option: BITS[option], default=NO)
-        return self._settled("minmax(widest=True)", found, "numbers")
+        return self._settled("minmax(widest=True)", found, "numbers", 16)
 
     def for_call(self, *, classes: bool) -> BitSearch:
         """What ``auto`` stands for in a network that is called once."""
-        return self._settled("percentile(keep=99.99)", NO, "classes" if classes else "numbers")
+        return self._settled("percentile(keep=99.99)", NO, "classes" if classes else "numbers", 64)
 
-    def _settled(self, ranges: str, smooth: str, outputs: str) -> BitSearch:
+    def _settled(self, ranges: str, smooth: str, outputs: str, samples: int) -> BitSearch:
         return replace(
             self,
             ranges=ranges if self.ranges == AUTO else self.ranges,
             smooth=smooth if self.smooth == AUTO else self.smooth,
             outputs=outputs if self.outputs == AUTO else self.outputs,
+            samples=self.samples or samples,
         )
 
     @property

@@ -291,7 +291,7 @@ class BitStudy:
     def _errors(self, number: int) -> Perturbations:
         """What each option of each layer of a part costs; a layer that has no choice costs nothing."""
         offered, part = self.offered[number], self.parts[number]
-        data = _first(part.data, self.how.samples, squared=self._squared)
+        data = _some(part.data, self.settled.samples, squared=self._squared)
         nothing = {layer: {option: Estimate((0.0,)) for option in options} for layer, options in offered.items()}
         open_layers = [layer for layer, options in offered.items() if len(options) > 1]
         if self.how.sensitivity != GRIDS:
@@ -358,11 +358,9 @@ def _share(offered: Mapping[str, Sequence[str]], group: Group, option: str) -> b
     return all(option in offered[layer] for layer in group)
 
 
-def _first(data: Data, samples: int, *, squared: bool) -> Data:
-    """The first calls, of so many samples together, at least one."""
-    kept, seen = 0, 0
-    while kept < len(data.batches) and seen < samples:
-        seen += len(data.batches[kept][0])
-        kept += 1
-    labels = data.labels[:kept] if data.labels is not None and not squared else None
-    return Data(data.batches[:kept], labels, squared=squared)
+def _some(data: Data, samples: int, *, squared: bool) -> Data:
+    """Calls of so many samples together, at least one, evenly spread."""
+    count = min(len(data.batches), max(1, samples // max(1, len(data.batches[0][0]))))
+    picked = [(2 * number + 1) * len(data.batches) // (2 * count) for number in range(count)]
+    labels = [data.labels[number] for number in picked] if data.labels is not None and not squared else None
+    return Data([data.batches[number] for number in picked], labels, squared=squared)

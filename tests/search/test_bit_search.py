@@ -177,7 +177,7 @@ def test_limits_that_cannot_be_are_one_line(four: Program, data: Data, text: str
         ("bits(sensitivity='guess')", "sensitivity is 'guess'; it is one of grids, hessian, fisher, output"),
         ("bits(ranges='most')", "method 'most' is unknown"),
         ("bits(smooth='i8')", "smooth is 'i8'"),
-        ("bits(phases=0)", "samples and phases are at least 1"),
+        ("bits(phases=0)", "samples is at least 0, phases at least 1"),
         ("bits(bops=[1])", "bops is a share such as 0.5"),
     ],
 )
