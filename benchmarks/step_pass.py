@@ -54,10 +54,10 @@ def measure(quick: bool) -> Figures:
 
 def _passed(name: str) -> dict[str, float]:
     from intarsia import flow
-    from intarsia.allocated import StepInputs
     from intarsia.ir.graph import Graph
     from intarsia.ir.target import load_target
     from intarsia.ir.types import TensorType
+    from intarsia.passes.active_inputs import StepInputs
     from intarsia.passes.active_tokens import ActiveTokens
     from intarsia.passes.token_places import TokenPlaces
     from intarsia.search.work import node_work

@@ -18,41 +18,17 @@ from intarsia.ir.graph import Graph, Value
 from intarsia.ir.operators import DTYPES
 from intarsia.ir.plan import Plan
 from intarsia.ir.types import TensorType
-from intarsia.models.allocated_sampler import Loop, TokenGrid
 from intarsia.models.sampler import FlowMatchEuler
-from intarsia.passes.active_caches import RATE
-from intarsia.passes.active_tokens import ACTIVE, ActiveTokens
+from intarsia.models.step_loop import Loop, TokenGrid
+from intarsia.passes.active_inputs import StepInputs
+from intarsia.passes.active_tokens import ActiveTokens
 from intarsia.passes.base import find_pass
 from intarsia.passes.token_places import TokenPlaces
 
 
-@dataclass(frozen=True)
-class StepInputs:
-    """What a graph of active tokens takes beside the model's own inputs.
-
-    Attributes:
-        own: How many inputs are the model's own; they come first.
-        clocked: Whether caches move along, so that the step is told how far.
-        caches: The caches, last.
-    """
-
-    own: int
-    clocked: bool
-    caches: tuple[Value, ...]
-
-    @classmethod
-    def of(cls, graph: Graph) -> StepInputs | None:
-        """Of a graph that ``active-tokens`` made; None for any other."""
-        names = [value.name for value in graph.inputs]
-        if ACTIVE not in names:
-            return None
-        own = names.index(ACTIVE)
-        clocked = RATE in names
-        return cls(own, clocked, graph.inputs[own + (3 if clocked else 1) :])
-
-    def empty(self) -> tuple[Tensor, ...]:
-        """Caches of zeros: what the first step, which computes all tokens, is given."""
-        return tuple(_zeros(value) for value in self.caches)
+def empty_caches(found: StepInputs) -> tuple[Tensor, ...]:
+    """Caches of zeros: what the first step, which computes all tokens, is given."""
+    return tuple(_zeros(value) for value in found.caches)
 
 
 def _zeros(value: Value) -> Tensor:
@@ -72,26 +48,13 @@ def step_inputs(
     """
     found = StepInputs.of(graph)
     assert found is not None
-    tokens = tokens_of(graph)
-    clock = (torch.zeros(1), torch.zeros(tokens)) if found.clocked else ()
-    caches = found.empty()
+    clock = (torch.zeros(1), torch.zeros(found.tokens)) if found.clocked else ()
+    caches = empty_caches(found)
     if run is not None:
         with torch.no_grad():
-            answer = run(*own, torch.arange(tokens), *clock, *caches)
+            answer = run(*own, torch.arange(found.tokens), *clock, *caches)
         caches = tuple(answer[len(answer) - len(caches) :])
-    return (*own, torch.arange(count) * tokens // count, *clock, *caches)
-
-
-def _active_size(graph: Graph) -> str:
-    """The named size that counts active tokens."""
-    return str(graph.type(ACTIVE).shape[0])
-
-
-def tokens_of(graph: Graph) -> int:
-    """N, all tokens of a graph of active tokens."""
-    (size,) = (size for size in graph.sizes if size.name == _active_size(graph))
-    assert size.maximum is not None
-    return size.maximum
+    return (*own, torch.arange(count) * found.tokens // count, *clock, *caches)
 
 
 def allocation_of(plan: Plan | None) -> Allocation | None:
@@ -166,6 +129,9 @@ class AllocatedEngine(Engine):
         sampler: Of the loop.
         grid: How the tokens lie in a sample.
         loop: What the last loop computed; of a finished one, ``loop.active`` has every step.
+
+    Raises:
+        UsageError: The sampler's steps leave no room for the allocation's window.
     """
 
     engine: Callable[..., tuple[Tensor, ...]]
@@ -187,7 +153,7 @@ class AllocatedEngine(Engine):
 
     def _start(self) -> None:
         self.loop = Loop(self.allocation, self.sampler.steps, self.grid, self.sampler.guide)
-        self._caches = self._inputs.empty()
+        self._caches = empty_caches(self._inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The velocity at the step that the timestep tells; UsageError for a step that does not follow the last."""
@@ -204,7 +170,7 @@ class AllocatedEngine(Engine):
             clock = self.loop.clock(now)
             told = (clock.elapsed, clock.rate) if self._inputs.clocked else ()
             answer = self.engine(*inputs, active, *told, *self._caches)
-            self._caches = answer[1:]
+            self._caches = answer[len(answer) - len(self._caches) :]
             self.loop.learn(step, active, now, answer[0].float())
         return (self.loop.velocity(now),)
 

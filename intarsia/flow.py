@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from intarsia import subject as subjects
-from intarsia.allocated import StepInputs, denoising, step_inputs, tokens_of
-from intarsia.backends.base import Backend, Engine, find_backend
+from intarsia.allocated import AllocatedEngine, loop_timing
+from intarsia.backends.base import Backend, find_backend
 from intarsia.backends.bundle import Bundle, Chosen, load_bundle
 from intarsia.backends.making import Build, Planned
 from intarsia.backends.null import NullEngine
@@ -22,34 +22,31 @@ from intarsia.backends.runner import bench_loop, denoiser
 from intarsia.backends.verify import VerifyReport, verify_bundle
 from intarsia.bit_flow import Samples, searched_bits
 from intarsia.evidence import evidence, sample_inputs, verify_phases, verify_quality
+from intarsia.head_flow import searched_heads
 from intarsia.ir.errors import NoGain, UsageError
-from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program, example_inputs, materialize
 from intarsia.ir.spec import Spec, construct
 from intarsia.ir.target import Target, load_target
 from intarsia.models.sampler import FlowMatchEuler
 from intarsia.passes.apply import run_passes
-from intarsia.passes.base import Pass, find_pass
+from intarsia.passes.base import find_pass
 from intarsia.programs import planned, predicted
 from intarsia.search.bit_settings import BitSearch
 from intarsia.search.explain import Explanation
 from intarsia.search.explain import explain as explain_plan
 from intarsia.search.head_settings import HeadSearch
-from intarsia.search.heads import search_heads
 from intarsia.search.journal import open_journal
 from intarsia.search.progress import Progress, Silent
 from intarsia.search.quality import Goal
 from intarsia.search.search import SearchResult
 from intarsia.search.search import search as find_plan
 from intarsia.search.step_search import StepSearch
-from intarsia.step_flow import searched_steps
+from intarsia.step_flow import bundle_denoising, export_inputs, searched_steps, stepping
 from intarsia.subject import Subject
-from intarsia.timing import measured_seconds
 
 if TYPE_CHECKING:
     from intarsia.ir.exported import Dynamic
-    from intarsia.models.base import Model
     from intarsia.models.sampler import Denoise
 
 PASSES = ("quantize-linear",)
@@ -163,7 +160,7 @@ def search(
             subject, machine, goal, how=how, effort=effort, seed=seed, fresh=fresh, budget=budget, progress=progress
         )
     else:
-        result = _heads(
+        result = searched_heads(
             subject,
             machine,
             chosen,
@@ -207,45 +204,6 @@ def _search_subject(model: str | Path, how: Strategy | None, weights: Path | Non
     subject = subjects.resolve(model, meta=True)
     progress.finish()
     return subject
-
-
-def _heads(
-    subject: Subject,
-    machine: Target,
-    passes: Sequence[Pass],
-    goal: Goal | None,
-    *,
-    how: HeadSearch,
-    effort: str,
-    seed: int,
-    fresh: bool,
-    budget: float | None,
-    notations: Sequence[str],
-    progress: Progress,
-) -> SearchResult:
-    """The search over heads, which needs no calibration calls of its own where the model has a loop."""
-    work = None
-    if not how.table:
-        work = subjects.workload(subject, seed=seed, effort=effort, progress=progress, record=False)
-        if work.loop is None:
-            work = subjects.workload(subject, seed=seed, effort=effort, progress=progress)
-    elif subject.model and subject.model.sampler and not how.steps:
-        how = replace(how, steps=subject.model.sampler.steps)
-    return search_heads(
-        subject.program,
-        machine,
-        passes,
-        work,
-        goal,
-        how=how,
-        effort=effort,
-        seed=seed,
-        journal=open_journal(subject.program, work, fresh=fresh) if work else None,
-        budget=budget,
-        notations=notations,
-        progress=progress,
-        price=measured_seconds(machine) if how.costs == "measured" else None,
-    )
 
 
 def explain(
@@ -324,14 +282,14 @@ def export(
         target=machine,
         phases=made.phases,
         later=programs,
-        inputs=_sample(subject, made.first),
+        inputs=export_inputs(subject, made.first),
         sampler=sampler.to_json() if sampler else None,
         predicted=predicted(subject, made, plan, machine),
         command=command,
         config=config or {},
         evidence=lambda chosen: evidence(
             subject,
-            chosen and _stepping(chosen, made.first.graph, plan, subject),
+            chosen and stepping(chosen, made.first.graph, plan, subject),
             changed=plan is not None,
             phases=made.phases,
             goal=goal,
@@ -469,7 +427,7 @@ def run(
     sampler = FlowMatchEuler.from_json(bundle.sampler)
     progress.start("videos", len(asked) * sampler.steps)
     chosen = bundle.choose(engine, reference=reference)
-    denoise = cast("Denoise", denoiser(*_denoising(bundle, chosen, model, sampler)))
+    denoise = cast("Denoise", denoiser(*bundle_denoising(bundle, chosen.engine)))
     videos = subjects.sampled(denoise, bundle.graph, model, sampler, asked, seed=seed, progress=progress)
     progress.finish()
     return write_videos(videos, asked, output), chosen
@@ -485,15 +443,16 @@ def bench(
 ) -> dict[str, object]:
     """Seconds of one call: of a bundle's engine, or of a model run eagerly through PyTorch. Median and quartiles.
 
-    Of a bundle with phases they are means over the loop's calls, and ``phases`` and ``loop_seconds`` say more.
+    Of a bundle with phases, or whose steps compute some of the tokens, they are means over the loop's calls, and
+    ``phases`` and ``loop_seconds`` say more.
     ``engine`` names the backend whose engine is timed; the preferred one of those that run here otherwise.
     """
     progress = progress or Silent()
     if Path(subject).is_dir():
         bundle = load_bundle(Path(subject))
         chosen = bundle.choose(engine)
-        timed, title, why = chosen.engine, chosen.name, chosen.why
-        graph, inputs, phases = bundle.graph, bundle.sample.inputs, bundle.phases
+        (timed, graph), title, why = bundle_denoising(bundle, chosen.engine), chosen.name, chosen.why
+        inputs, phases = bundle.sample.inputs[: len(graph.inputs)], bundle.phases
     elif engine:
         raise UsageError(f"{subject} is no bundle, whose engine {engine} could be timed; a model runs eagerly")
     else:
@@ -502,33 +461,13 @@ def bench(
         graph, phases = found.program.graph, ()
         inputs = sample_inputs(found) or example_inputs(graph, seed=seed)
     progress.start("time engine", None)
-    timing = bench_loop(timed, inputs, graph=graph, phases=phases, repeats=repeats)
+    if isinstance(timed, AllocatedEngine):
+        timing = loop_timing(timed, inputs, repeats=repeats)
+    else:
+        timing = bench_loop(timed, inputs, graph=graph, phases=phases, repeats=repeats)
     progress.finish()
     facts = {"what": str(subject), "engine": title, "why": why, **timing.to_json()}
     return {**facts, "threads": torch.get_num_threads()}
-
-
-def _sample(subject: Subject, program: Program) -> tuple[Tensor, ...] | None:
-    """The model's own example inputs; a graph of active tokens gets half of them, and caches that hold something."""
-    own = sample_inputs(subject)
-    if StepInputs.of(program.graph) is None or program.is_meta:
-        return own
-    own = own or example_inputs(subject.program.graph)
-    return step_inputs(program.graph, own, tokens_of(program.graph) // 2, run=program.module())
-
-
-def _stepping(chosen: Chosen, graph: Graph, plan: Plan | None, subject: Subject) -> Chosen:
-    """The engine as the model's sampler calls it."""
-    sampler = subject.model.sampler if subject.model else None
-    return replace(chosen, engine=denoising(chosen.engine, graph, plan, sampler, subject.program.graph))
-
-
-def _denoising(bundle: Bundle, chosen: Chosen, model: Model, sampler: FlowMatchEuler) -> tuple[Engine, Graph]:
-    """A bundle's engine as its sampler calls it, and the graph whose inputs it takes."""
-    if StepInputs.of(bundle.graph) is None:
-        return chosen.engine, bundle.graph
-    graph = subjects.resolve(model.name, meta=True).program.graph
-    return denoising(chosen.engine, bundle.graph, bundle.plan, sampler, graph), graph
 
 
 def _built_with(backends: Sequence[Backend], program: Program, target: Target) -> Planned:

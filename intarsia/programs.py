@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from intarsia.allocated import StepInputs, allocation_of, tokens_of
+from intarsia.allocated import allocation_of
 from intarsia.backends.by_step import require_phases
 from intarsia.backends.phases import StepRange, step_ranges
 from intarsia.backends.sharing import share_weights
@@ -14,7 +14,7 @@ from intarsia.ir.plan import Plan
 from intarsia.ir.program import Program, materialize
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
-from intarsia.passes.active_tokens import ACTIVE
+from intarsia.passes.active_inputs import StepInputs
 from intarsia.passes.apply import apply
 from intarsia.search.roofline import Prediction, predict
 from intarsia.search.step_memory import require_room
@@ -115,9 +115,11 @@ def _mean_step(subject: Subject, program: Program, plan: Plan | None, target: Ta
     allocation, sampler = allocation_of(plan), subject.model.sampler if subject.model else None
     if allocation is None or sampler is None:
         raise PlanError(f"{subject.name} has no sampler, whose steps active-tokens allocates")
-    tokens = tokens_of(program.graph)
+    found = StepInputs.of(program.graph)
+    assert found is not None
+    tokens = found.tokens
     counts = [round(share * tokens) for share in allocation.shares_by_step(sampler.steps)]
     sizes = smallest_sizes(program.graph)
-    each = {count: predict(program.graph, target, {**sizes, ACTIVE: count}) for count in {*counts, tokens} if count}
+    each = {count: predict(program.graph, target, {**sizes, found.size: count}) for count in {*counts, tokens} if count}
     seconds = sum(each[count].seconds for count in counts if count) / sampler.steps
     return replace(each[tokens], seconds=seconds)

@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+
 from intarsia.allocated import AllocatedEngine, grid_of, step_inputs
 from intarsia.backends.base import Engine, find_backend
 from intarsia.backends.runner import bench
@@ -16,6 +18,7 @@ from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program, example_inputs, materialize
 from intarsia.ir.target import Target
 from intarsia.models.sampler import FlowMatchEuler
+from intarsia.passes.active_inputs import StepInputs
 from intarsia.passes.active_tokens import ActiveTokens
 from intarsia.passes.apply import run_passes
 from intarsia.search.roofline import predict
@@ -26,8 +29,8 @@ from intarsia.subject import Subject
 
 BACKEND = "onnx"
 
-SHARES = (1.0, 0.75, 0.5, 0.25, 0.125, 0.03)
-"""Of the tokens, at which calls are timed; between them seconds are interpolated."""
+SHARES = (0.03, 0.125, 0.25, 0.5, 0.75, 1.0)
+"""Of the tokens, at which calls are timed; between them seconds are interpolated, below the least they are its."""
 
 
 @dataclass
@@ -62,7 +65,7 @@ class StepBench:
             return 0.0
         if caches not in self._seconds:
             self._seconds[caches] = [self._call_seconds(caches, max(1, round(one * self.grid.count))) for one in SHARES]
-        return _between(share, SHARES, self._seconds[caches])
+        return float(np.interp(share, SHARES, self._seconds[caches]))
 
     def dense(self) -> Run:
         """The unchanged network."""
@@ -99,18 +102,9 @@ class StepBench:
     def _call_seconds(self, caches: str, count: int) -> float:
         if self.target.kind != "cpu":
             graph = self._graph(caches)
-            (size,) = (size for size in graph.sizes if size.name.startswith("active"))
-            return predict(graph, self.target, {size.name: count}).seconds
+            found = StepInputs.of(graph)
+            assert found is not None
+            return predict(graph, self.target, {found.size: count}).seconds
         graph, engine = self._engine(caches)
         own = sample_inputs(self.subject) or example_inputs(self.subject.program.graph)
         return bench(engine, step_inputs(graph, own, count), repeats=self.repeats, warmup=1).seconds
-
-
-def _between(share: float, shares: tuple[float, ...], seconds: list[float]) -> float:
-    """Interpolated; below the least share as there."""
-    for (high, slow), (low, quick) in zip(
-        zip(shares, seconds, strict=True), list(zip(shares, seconds, strict=True))[1:], strict=False
-    ):
-        if share >= low:
-            return quick + (slow - quick) * (min(share, high) - low) / (high - low)
-    return seconds[-1]

@@ -1,9 +1,23 @@
-"""From a model and its loop to a plan that says which tokens are computed at which step."""
+"""Step allocation from end to end: the search for a plan, what its engine is fed, and how a sampler calls it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from torch import Tensor
+
 from intarsia import subject as subjects
+from intarsia.allocated import denoising, step_inputs
+from intarsia.backends.base import Engine
+from intarsia.backends.bundle import Bundle, Chosen
+from intarsia.evidence import sample_inputs
+from intarsia.ir.errors import UsageError
+from intarsia.ir.graph import Graph
+from intarsia.ir.plan import Plan
+from intarsia.ir.program import Program, example_inputs
 from intarsia.ir.target import Target
+from intarsia.models.sampler import FlowMatchEuler
+from intarsia.passes.active_inputs import StepInputs
 from intarsia.search.journal import open_journal
 from intarsia.search.progress import Progress
 from intarsia.search.quality import Goal
@@ -45,3 +59,32 @@ def searched_steps(
         budget=budget,
         progress=progress,
     )
+
+
+def export_inputs(subject: subjects.Subject, program: Program) -> tuple[Tensor, ...] | None:
+    """The model's own example inputs; a graph of active tokens gets half of them, and caches that hold something."""
+    own, found = sample_inputs(subject), StepInputs.of(program.graph)
+    if found is None or program.is_meta:
+        return own
+    own = own or example_inputs(subject.program.graph)
+    return step_inputs(program.graph, own, found.tokens // 2, run=program.module())
+
+
+def stepping(chosen: Chosen, graph: Graph, plan: Plan | None, subject: subjects.Subject) -> Chosen:
+    """The engine, built from ``graph``, as the model's sampler calls it; errors as of ``allocated.denoising``."""
+    sampler = subject.model.sampler if subject.model else None
+    return replace(chosen, engine=denoising(chosen.engine, graph, plan, sampler, subject.program.graph))
+
+
+def bundle_denoising(bundle: Bundle, engine: Engine) -> tuple[Engine, Graph]:
+    """A bundle's engine as its sampler calls it, and the graph whose inputs it takes.
+
+    Raises:
+        UsageError: The engine computes active tokens, and the model that would say how tokens lie is not registered.
+    """
+    if StepInputs.of(bundle.graph) is None:
+        return engine, bundle.graph
+    if bundle.sampler is None or subjects.registered(bundle.graph.name) is None:
+        raise UsageError(f"{bundle.folder}: active tokens of {bundle.graph.name} need its registered model and sampler")
+    graph = subjects.resolve(bundle.graph.name, meta=True).program.graph
+    return denoising(engine, bundle.graph, bundle.plan, FlowMatchEuler.from_json(bundle.sampler), graph), graph

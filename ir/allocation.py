@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import lcm
+from math import isfinite, lcm
 from typing import Self
 
 from .errors import SpecError
@@ -58,8 +58,10 @@ class Allocation:
             )
         if not self.shares or len(self.shares) != len(self.divisors):
             raise ValueError(f"shares are {len(self.shares)}, divisors {len(self.divisors)}; give one for each")
-        if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
-            raise ValueError(f"shares sum to {sum(self.shares):g}; they are parts of all tokens and sum to 1")
+        if not all(isfinite(share) and share >= 0 for share in self.shares) or abs(sum(self.shares) - 1) > 1e-6:
+            raise ValueError(f"shares are {self.shares}; they are parts of all tokens and sum to 1")
+        if not all(isinstance(number, int) for number in (*self.divisors, *self.dense)):
+            raise ValueError(f"divisors are {self.divisors}, dense {self.dense}; both are whole numbers of steps")
         if min(self.divisors) < 1 or list(self.divisors) != sorted(self.divisors):
             raise ValueError("divisors are 1 or more and rise: the group of greatest change is first")
         for key, known in (("turns", TURNS), ("velocity", VELOCITIES), ("regroup", REGROUPING)):

@@ -7,12 +7,9 @@ from dataclasses import replace
 from intarsia.ir.graph import Arg, Ref, Symbol, Value
 from intarsia.ir.operators import DTYPES
 from intarsia.ir.types import TensorType
+from intarsia.passes.active_inputs import ELAPSED, RATE
 from intarsia.passes.active_tape import Tape
 from intarsia.passes.token_places import Place
-
-ELAPSED, RATE = "elapsed", "rate"
-"""The inputs of a step that moves caches along: the noise level less that of the last step (1), and for each token
-one over the noise level less that at which it was last active (N), 0 where it never was."""
 
 LARGEST = {"i8": 127.0, "f8e4m3": 448.0}
 """Element types that caches of keys and values may be stored in, each with its largest number.

@@ -15,15 +15,13 @@ from intarsia.ir.sizes import Size
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
 from intarsia.passes.active_caches import LARGEST, Caches
+from intarsia.passes.active_inputs import ACTIVE, StepInputs
 from intarsia.passes.active_rules import by_rows, pieces
 from intarsia.passes.active_tape import Tape
 from intarsia.passes.attention_sites import DENSE, Site
 from intarsia.passes.base import Pass
 from intarsia.passes.fuse_attention import OP as FUSED
 from intarsia.passes.token_places import Place, TokenPlaces
-
-ACTIVE = "active"
-"""The input that tells which tokens are active, and the named size that counts them."""
 
 CACHES = ("held", "linear")
 
@@ -97,7 +95,7 @@ class ActiveTokens(Pass):
         Raises:
             Unsupported: The graph has no self-attention over video tokens, or something in it mixes tokens otherwise.
         """
-        if any(value.name == ACTIVE for value in graph.inputs):
+        if StepInputs.of(graph):
             return graph
         return _Rewriting(graph, TokenPlaces(graph), linear=self.caches == "linear", dtype=self.cache_dtype).graph()
 

@@ -10,8 +10,8 @@ from intarsia.ir.graph import Graph, Ref, Value
 from intarsia.ir.sizes import evaluate
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
-from intarsia.passes.active_caches import ELAPSED, RATE
-from intarsia.passes.active_tokens import ACTIVE, CACHES, ActiveTokens
+from intarsia.passes.active_inputs import StepInputs
+from intarsia.passes.active_tokens import CACHES, ActiveTokens
 from intarsia.search.work import weight_bytes
 
 EIGHT = "8 bits"
@@ -69,9 +69,8 @@ def cache_table(
 
 def caches_of(made: Graph) -> tuple[Value, ...]:
     """The inputs of a graph of active tokens that are caches; none of any other graph."""
-    names = [value.name for value in made.inputs]
-    behind = made.inputs[names.index(ACTIVE) + 1 :] if ACTIVE in names else ()
-    return tuple(value for value in behind if value.name not in (ELAPSED, RATE))
+    found = StepInputs.of(made)
+    return found.caches if found else ()
 
 
 def cache_bytes(made: Graph, sizes: Mapping[str, int] | None = None) -> int:

@@ -105,7 +105,7 @@ def test_synchronized_groups_are_formed_again_where_all_rounds_end_at_a_step_of_
         ("allocation(warm_up=1)", "warm_up is at least 2"),
         ("allocation(tail=-1)", "tail at least 0"),
         ("allocation(shares=(0.5, 0.5), divisors=(1,))", "shares are 2, divisors 1; give one for each"),
-        ("allocation(shares=(0.5, 0.4), divisors=(1, 2))", "shares sum to 0.9"),
+        ("allocation(shares=(0.5, 0.4), divisors=(1, 2))", "parts of all tokens and sum to 1"),
         ("allocation(shares=(-0.5, 1.5), divisors=(1, 2))", "parts of all tokens"),
         ("allocation(shares=(0.5, 0.5), divisors=(2, 1))", "1 or more and rise"),
         ("allocation(shares=(1.0,), divisors=(0,))", "1 or more and rise"),

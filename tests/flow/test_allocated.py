@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,15 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from intarsia.allocated import AllocatedEngine, allocation_of, denoising, empty_caches, grid_of, loop_timing
+from intarsia.backends.base import Engine
+from intarsia.backends.null import NullEngine
 from intarsia.backends.onnx import OnnxBackend
+from intarsia.backends.runner import denoiser
 from intarsia.ir.allocation import Allocation
-from intarsia.ir.errors import Unsupported, UsageError
+from intarsia.ir.errors import PlanError, Unsupported, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.operators import DTYPES
+from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program, example_inputs
+from intarsia.ir.spec import Spec
 from intarsia.ir.target import Target
-from intarsia.models.allocated_sampler import Caches, Clock, Run, TokenGrid, sample, scores
 from intarsia.models.sampler import TIMESTEPS, Conditioning, FlowMatchEuler, noise
+from intarsia.models.step_loop import TokenGrid, scores
+from intarsia.passes.active_inputs import StepInputs
 from intarsia.passes.active_tokens import ActiveTokens
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -32,6 +39,20 @@ CONDITIONING = Conditioning(torch.ones(1, 3, 4), torch.zeros(1, 3, 4))
 START = noise(VIDEO, seed=1, count=1)
 
 Answer = Callable[..., Sequence[Tensor]]
+Caches = Sequence[Tensor]
+
+
+@dataclass
+class Done:
+    """A sample, and what the loop that made it computed."""
+
+    sample: Tensor
+    active: Sequence[tuple[int, ...]]
+    orders: Sequence[tuple[int, ...]]
+
+    @property
+    def share(self) -> float:
+        return sum(map(len, self.active)) / (len(self.active) * GRID.count)
 
 
 @dataclass
@@ -40,31 +61,40 @@ class Network:
 
     dense: Answer
     step: Answer
-    caches: Caches
-    clocked: bool = False
+    model: Graph
+    graph: Graph
     calls: list[tuple[Tensor, Tensor, Caches]] = field(default_factory=list)
+
+    @property
+    def clocked(self) -> bool:
+        return self.inputs.clocked
+
+    @property
+    def inputs(self) -> StepInputs:
+        found = StepInputs.of(self.graph)
+        assert found is not None
+        return found
+
+    @property
+    def caches(self) -> Caches:
+        return empty_caches(self.inputs)
 
     def denoise(self, *, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         return self.dense(hidden_states, timestep, encoder_hidden_states)[0]
 
-    def __call__(
-        self,
-        *,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        active: Tensor,
-        clock: Clock,
-        caches: Caches,
-    ) -> tuple[Tensor, Caches]:
-        told = (clock.elapsed, clock.rate) if self.clocked else ()
-        velocity, *after = self.step(hidden_states, timestep, encoder_hidden_states, active, *told, *caches)
-        self.calls.append((hidden_states, active, after))
-        return velocity, after
+    def recorded(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        velocity, *after = self.step(*inputs)
+        self.calls.append((inputs[0], inputs[3], after))
+        return velocity, *after
 
-    def run(self, allocation: Allocation) -> Run:
+    def engine(self, allocation: Allocation) -> AllocatedEngine:
+        return AllocatedEngine(self.recorded, self.graph, allocation, SAMPLER, GRID)
+
+    def run(self, allocation: Allocation) -> Done:
         self.calls.clear()
-        return sample(SAMPLER, allocation, self, START, CONDITIONING, caches=self.caches, grid=GRID)
+        engine = self.engine(allocation)
+        made = SAMPLER.sample(denoiser(engine, self.model), START, CONDITIONING)
+        return Done(made, engine.loop.active, engine.loop.orders)
 
 
 def build(program: Program, folder: Path) -> Answer:
@@ -90,9 +120,7 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         build(program, folder / name) if engine == "onnx" else program.module()
         for name, program in zip(("dense", "step"), programs, strict=True)
     )
-    first = [value.name for value in made.inputs].index("active") + (3 if caches == "linear" else 1)
-    empty = [torch.zeros(value.type.shape) for value in made.inputs[first:]]  # type: ignore[union-attr, arg-type]
-    return Network(dense, step, empty, clocked=caches == "linear")
+    return Network(dense, step, small.graph, made)
 
 
 @pytest.fixture
@@ -186,9 +214,16 @@ def test_tokens_that_change_most_are_computed_most_often(held: Network) -> None:
 
 
 def test_two_samples_at_once_are_refused(held: Network) -> None:
-    two = replace(CONDITIONING, text=CONDITIONING.text.expand(2, -1, -1))
-    with pytest.raises(UsageError, match="2 samples at once; tokens are chosen for one sample at a time"):
-        sample(SAMPLER, Allocation(), held, START.expand(2, -1, -1, -1, -1), two, caches=held.caches, grid=GRID)
+    two = Conditioning(CONDITIONING.text.expand(2, -1, -1), CONDITIONING.null.expand(2, -1, -1))
+    run = denoiser(held.engine(Allocation()), held.model)
+    with pytest.raises(UsageError, match="caches need every step in its turn, one sample after the other"):
+        SAMPLER.sample(run, START.expand(2, -1, -1, -1, -1), two)
+
+
+def test_a_second_sample_starts_with_caches_of_its_own(held: Network) -> None:
+    run = denoiser(held.engine(STAGGERED), held.model)
+    first, second = (SAMPLER.sample(run, START, CONDITIONING) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_a_window_without_steps_is_refused(held: Network) -> None:
@@ -217,38 +252,76 @@ def test_onnx_says_that_it_takes_no_floats_of_eight_bits(tmp_path: Path, small: 
         build(made, tmp_path / "step")
 
 
-def ramp(
-    *, hidden_states: Tensor, timestep: Tensor, active: Tensor, caches: Caches, **_: object
-) -> tuple[Tensor, Caches]:
+@pytest.fixture(scope="module")
+def ramps(small: Program) -> Network:
     """A velocity that goes evenly with the noise level, at each place by another slope; the last one where it rests."""
+    graph = ActiveTokens().run(small.graph, TARGET, {})
     slopes = torch.linspace(-1, 1, 64).reshape(4, 4, 4).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    fresh = (1 + slopes * timestep[0] / TIMESTEPS).expand(hidden_states.shape)
-    computed = torch.zeros(64, dtype=torch.bool).index_fill(0, active, value=True)
-    velocity = torch.where(GRID.spread(computed, fresh), fresh, caches[0])
-    return velocity, (velocity,)
+
+    def ramp(rows: Tensor, timestep: Tensor, text: Tensor, active: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        fresh = (1 + slopes * timestep[0] / TIMESTEPS).expand(rows.shape)
+        computed = torch.zeros(64, dtype=torch.bool).index_fill(0, active, value=True)
+        last = caches[0].flatten()[: fresh.numel()].reshape(fresh.shape)
+        velocity = torch.where(GRID.spread(computed, fresh), fresh, last)
+        kept = torch.cat([velocity.flatten(), caches[0].flatten()[fresh.numel() :]]).reshape(caches[0].shape)
+        return velocity, kept, *caches[1:]
+
+    return Network(ramp, ramp, small.graph, graph)
 
 
-def test_a_velocity_that_goes_evenly_is_followed_exactly_where_it_is_linear() -> None:
-    empty = (torch.zeros(2, *VIDEO),)
-
+def test_a_velocity_that_goes_evenly_is_followed_exactly_where_it_is_linear(ramps: Network) -> None:
     def run(velocity: str, divisor: int) -> Tensor:
-        allocation = Allocation(3, 0, (1.0,), (divisor,), "staggered", velocity)
-        return sample(SAMPLER, allocation, ramp, START, CONDITIONING, caches=empty, grid=GRID).sample
+        return ramps.run(Allocation(3, 0, (1.0,), (divisor,), "staggered", velocity)).sample
 
     assert torch.allclose(run("linear", 4), run("held", 1), atol=1e-5)
     assert not torch.allclose(run("held", 4), run("held", 1), atol=1e-2)
 
 
-def test_groups_formed_again_are_those_of_the_latest_change() -> None:
-    allocation = Allocation(3, 1, (0.5, 0.5), (1, 2), regroup="synchronized")
-    empty = (torch.zeros(2, *VIDEO),)
-    done: list[tuple[int, int]] = []
-    run = sample(
-        SAMPLER, allocation, ramp, START, CONDITIONING, caches=empty, grid=GRID,
-        progress=lambda step, steps: done.append((step, steps)),
-    )  # fmt: skip
+def test_groups_formed_again_are_those_of_the_latest_change(ramps: Network) -> None:
+    run = ramps.run(Allocation(3, 1, (0.5, 0.5), (1, 2), regroup="synchronized"))
     assert len(run.orders) == 1 + 4
-    assert done == [(step, 12) for step in range(1, 13)]
+
+
+ALLOCATION = Allocation(3, shares=(1.0,), divisors=(3,))
+PLAN = Plan("0" * 12, "null", (Phase((Step(str(Spec("active-tokens", {"allocation": str(ALLOCATION)}))),)),))
+
+
+def test_an_engine_of_all_tokens_is_called_as_it_is(small: Program) -> None:
+    engine = NullEngine(small)
+    assert denoising(engine, small.graph, PLAN, SAMPLER, small.graph) is engine
+
+
+def test_an_engine_of_active_tokens_is_called_as_its_plan_says(small: Program) -> None:
+    made = ActiveTokens().run(small.graph, TARGET, {})
+    engine = denoising(NullEngine(Program(made, small.weights)), made, PLAN, SAMPLER, small.graph)
+    assert isinstance(engine, AllocatedEngine)
+    assert engine.grid == grid_of(small.graph) == GRID
+    assert engine.allocation == allocation_of(PLAN) == ALLOCATION
+    with pytest.raises(PlanError, match="active tokens need the sampler's steps"):
+        denoising(engine, made, PLAN, None, small.graph)
+
+
+def test_steps_that_compute_as_many_tokens_are_timed_once(small: Program) -> None:
+    made = ActiveTokens().run(small.graph, TARGET, {})
+    timed: list[int] = []
+
+    class Counting(Engine):
+        device = "CPU"
+
+        def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+            timed.append(len(inputs[3]))
+            return inputs
+
+    engine = AllocatedEngine(Counting(), made, Allocation(2, 1, (0.5, 0.5), (2, 4)), SAMPLER, GRID)
+    found = loop_timing(engine, example_inputs(small.graph), repeats=2)
+    assert set(timed) == {64, 32}
+    assert sum(one.steps for one in found.phases) == SAMPLER.steps
+    counts = [0 if call.repeats == 0 else 1 for call in found.calls]
+    assert counts[0] == 1
+    assert 0 in counts
+    shares = engine.allocation.shares_by_step(SAMPLER.steps)
+    idle = [one for one, call in zip(found.phases, found.calls, strict=True) if call.seconds == 0]
+    assert sum(one.steps for one in idle) == shares.count(0)
 
 
 @pytest.mark.parametrize("grid", [GRID, TokenGrid((4, 2, 3), (4, 4, 4)), TokenGrid((1, 1, 1), (4, 4, 4))], ids=str)

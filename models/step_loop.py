@@ -1,11 +1,9 @@
-"""The denoising loop in which each token gets the steps it needs, over anything that runs a step with caches."""
+"""Which tokens each step of a denoising loop computes, and what is known of the velocity of all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +11,6 @@ from torch.nn.functional import avg_pool3d
 
 from intarsia.ir.allocation import Allocation
 from intarsia.ir.errors import UsageError
-from intarsia.models.sampler import TIMESTEPS, Conditioning, FlowMatchEuler
-
-Caches = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,26 +25,6 @@ class Clock:
 
     elapsed: Tensor
     rate: Tensor
-
-
-class Step(Protocol):
-    """A step of the network that computes the active tokens."""
-
-    def __call__(
-        self,
-        *,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        active: Tensor,
-        clock: Clock,
-        caches: Caches,
-    ) -> tuple[Tensor, Caches]:
-        """The velocity of hidden_states (R, ...) for all tokens, and the caches after the step.
-
-        ``active`` are the tokens to compute (A), i64, in rising order; other tokens' velocity is what they had last.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -111,77 +86,6 @@ def scores(now: Tensor, before: Tensor, grid: TokenGrid, *, smooth: bool) -> Ten
     return change.flatten(1)
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a loop did.
-
-    Attributes:
-        sample: The sample (1, ...), f32.
-        active: The tokens that each step computed, in rising order.
-        orders: Tokens by falling change, each time that groups were formed.
-    """
-
-    sample: Tensor
-    active: tuple[tuple[int, ...], ...]
-    orders: tuple[tuple[int, ...], ...]
-
-    @property
-    def share(self) -> float:
-        """Token steps that were computed, of all."""
-        return sum(map(len, self.active)) / (len(self.active) * len(self.orders[0]))
-
-
-def sample(
-    sampler: FlowMatchEuler,
-    allocation: Allocation,
-    step: Step,
-    noise: Tensor,
-    conditioning: Conditioning,
-    *,
-    caches: Caches,
-    grid: TokenGrid,
-    progress: Callable[[int, int], None] | None = None,
-) -> Run:
-    """One sample (1, ...) from noise (1, ...) by Euler's method: every step moves every token, by what it had last.
-
-    Args:
-        caches: What the first step is given; it computes all tokens, so their content does not matter.
-        progress: Gets (steps done, steps).
-
-    Raises:
-        UsageError: More than one sample, or a window that the steps leave no room for.
-    """
-    if len(noise) != 1 or len(conditioning.text) != 1:
-        raise UsageError(f"step allocation: {len(noise)} samples at once; tokens are chosen for one sample at a time")
-    if allocation.warm_up + allocation.tail > sampler.steps:
-        raise UsageError(
-            f"step allocation: warm_up {allocation.warm_up} and tail {allocation.tail} exceed {sampler.steps} steps"
-        )
-    guided = sampler.guidance != 1
-    text = torch.cat([conditioning.text, conditioning.null]) if guided else conditioning.text
-    loop = Loop(allocation, sampler.steps, grid, sampler.guide)
-    state = noise.float()
-    with torch.no_grad():
-        for number, (now, after) in enumerate(pairwise(sampler.sigmas().tolist())):
-            active = loop.begin(number)
-            if len(active):
-                rows = torch.cat([state, state]) if guided else state
-                timestep = torch.full((len(rows),), now * TIMESTEPS, dtype=torch.float32)
-                answer, caches = step(
-                    hidden_states=rows,
-                    timestep=timestep,
-                    encoder_hidden_states=text,
-                    active=active,
-                    clock=loop.clock(now),
-                    caches=caches,
-                )
-                loop.learn(number, active, now, answer.float())
-            state = state + (after - now) * sampler.guide(loop.velocity(now))
-            if progress is not None:
-                progress(number + 1, sampler.steps)
-    return Run(state, tuple(loop.active), tuple(loop.orders))
-
-
 class Loop:
     """Which tokens each step of a loop computes, and what is known of the velocity of every token.
 
@@ -191,12 +95,19 @@ class Loop:
         grid: How the tokens lie in a sample.
         guide: The velocity that is followed, of a call's rows; tokens are chosen by it.
 
+    Raises:
+        UsageError: The steps leave no room for the window.
+
     Attributes:
         active: The tokens of each step so far.
         orders: Tokens by falling change, each time that groups were formed.
     """
 
     def __init__(self, allocation: Allocation, steps: int, grid: TokenGrid, guide: Callable[[Tensor], Tensor]) -> None:
+        if allocation.warm_up + allocation.tail > steps:
+            raise UsageError(
+                f"step allocation: warm_up {allocation.warm_up} and tail {allocation.tail} exceed {steps} steps"
+            )
         self.allocation, self.steps, self.grid, self.guide = allocation, steps, grid, guide
         self.active: list[tuple[int, ...]] = []
         self.orders: list[tuple[int, ...]] = []
