@@ -96,6 +96,8 @@ class _Bench:
         return {f"{key}_{told}": value for key, value in self._known[name].items()}
 
     def _measured(self, name: str, density: float) -> dict[str, float]:
+        from intarsia.search.estimate import Estimate
+
         found = self._search(name, density)
         searched = self._quality([(phase.first, phase.last, phase.steps[0].chosen) for phase in found.plan.phases])
         others = {f"uniform_{mode}": self._uniform(text.format(density)) for mode, text in UNIFORM.items()}
@@ -109,7 +111,7 @@ class _Bench:
             **{f"psnr_{key}": value for key, value in psnr.items()},
             "psnr_best_uniform": max(value for key, value in psnr.items() if key != "random"),
             "margin": sum(gains) / len(gains),
-            "margin_low": _low(gains),
+            "margin_low": Estimate(tuple(gains)).interval[0],
             "density_searched": float(str(found.plan.notes["density"])),
             "density_uniform": others[best][1],
             "fusion_error": self._fusion(found.plan.phases[0].steps[0].chosen),
@@ -220,15 +222,6 @@ class _Bench:
         (unfused,) = Program(apart, program.weights).module()(*inputs)
         (fused,) = self._run(chosen)(*inputs)
         return float((fused - unfused).abs().max() / unfused.abs().max())
-
-
-def _low(gains: Sequence[float]) -> float:
-    from statistics import mean, stdev
-
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(gains) - 1)) * stdev(gains) / len(gains) ** 0.5
-    return mean(gains) - half
 
 
 if __name__ == "__main__":

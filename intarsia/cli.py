@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,38 @@ from typer.core import TyperGroup
 
 from intarsia import cli_calibrate, cli_finetune, cli_solve, configuration, outputs, terminal
 from intarsia.backends.writing import new_file
-from intarsia.cli_samples import DataOption, LabelsOption, MeanOption, SamplesOption, StdOption, samples_of
+from intarsia.cli_options import (
+    AnyGoal,
+    AnyTarget,
+    AsJson,
+    BackendNames,
+    BitsData,
+    BitsLabels,
+    BitsSamples,
+    Budget,
+    Config,
+    Effort,
+    EffortOption,
+    EngineName,
+    FailOnNoGain,
+    Folder,
+    Fresh,
+    Kind,
+    Mean,
+    Minimize,
+    MinimizeOption,
+    Model,
+    OutputFolder,
+    Passes,
+    Reference,
+    Seed,
+    Sizes,
+    Std,
+    Strategy,
+    TargetName,
+    Weights,
+    samples_of,
+)
 from intarsia.ir.errors import MissingEnvironment, UsageError
 from intarsia.ir.registry import unknown
 
@@ -59,85 +89,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="Search sparsity, steps and precision of video diffusion transformers jointly; ship a verified engine.",
 )
-
-
-class Effort(StrEnum):
-    """How much is measured."""
-
-    QUICK = "quick"
-    DEFAULT = "default"
-    FULL = "full"
-
-
-class Minimize(StrEnum):
-    """What the search makes small."""
-
-    BOTH = "both"
-    SECONDS = "seconds"
-    BYTES = "bytes"
-
-
-class Kind(StrEnum):
-    """What can be listed."""
-
-    MODELS = "models"
-    TARGETS = "targets"
-    PASSES = "passes"
-    PATTERNS = "patterns"
-    KERNELS = "kernels"
-    BACKENDS = "backends"
-
-
-Model = Annotated[str, typer.Argument(help="A registered model (see: intarsia list models) or a .graph file.")]
-Folder = Annotated[Path, typer.Argument(help="A bundle folder, as export and optimize write it.")]
-TargetName = Annotated[str, typer.Option("--target", help="Machine: a shipped target or a .toml file.")]
-AnyTarget = Annotated[str | None, typer.Option("--target", help="Machine: a shipped target or a .toml file.")]
-BackendNames = Annotated[
-    list[str] | None,
-    typer.Option("--backend", help="What the engine is built with: name(key=value); repeatable. [default: onnx]"),
-]
-EngineName = Annotated[
-    str | None,
-    typer.Option("--backend", help="Whose engine; the best one that runs here if left out."),
-]
-Reference = Annotated[
-    bool,
-    typer.Option("--reference", help="Where the engine cannot run here, run its files by other, slower means."),
-]
-AnyGoal = Annotated[str | None, typer.Option("--quality", help='Goal such as "psnr>=35"; not with a budget.')]
-Passes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--pass", help="name(key=value) or ./file.py:Class(key=value); repeatable. [default: quantize-linear]"
-    ),
-]
-Strategy = Annotated[
-    str,
-    typer.Option(
-        "--strategy",
-        help="places; heads(density=0.25): patterns of attention heads; bits(bops=0.5): bits of layers; "
-        "steps(budget=0.5): tokens by denoising step.",
-    ),
-]
-MinimizeOption = Annotated[Minimize, typer.Option("--minimize", help="What to make small.")]
-EffortOption = Annotated[Effort, typer.Option("--effort", help="How much is measured.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
-Budget = Annotated[str | None, typer.Option("--budget", help="Time for the search, such as 90s, 20m or 1h30m.")]
-Weights = Annotated[Path | None, typer.Option("--weights", help="Safetensors: a file or a folder of them.")]
-Sizes = Annotated[list[str] | None, typer.Option("--size", help="A named size, such as batch=2; repeatable.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Measure anew, whatever the journal holds.")]
-FailOnNoGain = Annotated[bool, typer.Option("--fail-on-no-gain", help="Exit with code 5 if nothing was gained.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        help="TOML or JSON with these options as keys; the command line comes first.",
-        callback=configuration.from_file,
-        is_eager=True,
-    ),
-]
-OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -256,11 +207,11 @@ def search(
     weights: Weights = None,
     fresh: Fresh = False,
     fail_on_no_gain: FailOnNoGain = False,
-    data: DataOption = None,
-    labels: LabelsOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    samples: SamplesOption = None,
+    data: BitsData = None,
+    labels: BitsLabels = None,
+    mean: Mean = None,
+    std: Std = None,
+    samples: BitsSamples = None,
     config: Config = None,
     json: AsJson = False,
 ) -> int:
@@ -471,11 +422,11 @@ def optimize(
     weights: Weights = None,
     fresh: Fresh = False,
     fail_on_no_gain: FailOnNoGain = False,
-    data: DataOption = None,
-    labels: LabelsOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    samples: SamplesOption = None,
+    data: BitsData = None,
+    labels: BitsLabels = None,
+    mean: Mean = None,
+    std: Std = None,
+    samples: BitsSamples = None,
     config: Config = None,
     json: AsJson = False,
 ) -> int:

@@ -8,16 +8,16 @@ from typing import Annotated
 import typer
 
 from intarsia import configuration, outputs, terminal
-from intarsia.cli_calibrate import scaling_of
+from intarsia.cli_options import AsJson, Config, Data, Mean, Model, Std, Weights, scaling_of
 from intarsia.ir.errors import UsageError
 
 
 def finetune(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="A registered model or a .graph file.")],
+    model: Model,
     *,
     plan: Annotated[Path, typer.Option("--plan", help="A plan with quantize-integer.")],
-    data: Annotated[str, typer.Option("--data", help="A folder, an .npy or .npz file, or loader.py:function.")],
+    data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for weights, plan, log and checkpoint.")],
     labels: Annotated[Path | None, typer.Option("--labels", help="An .npy with one class a sample of --data.")] = None,
     held_out: Annotated[
@@ -36,23 +36,11 @@ def finetune(
     distillation: Annotated[float, typer.Option("--distillation", help="Its share where there are labels.")] = 0.9,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of draws and orders.")] = 0,
     device: Annotated[str, typer.Option("--device", help="Where PyTorch trains, such as cuda.")] = "cpu",
-    mean: Annotated[
-        str | None, typer.Option("--mean", help="Of pictures in 0 to 1, one number or one a channel.")
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option("--std", help="Of pictures in 0 to 1, one number or one a channel.")
-    ] = None,
-    weights: Annotated[Path | None, typer.Option("--weights", help="Safetensors: a file or a folder of them.")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            help="TOML or JSON with these options as keys; the command line comes first.",
-            callback=configuration.from_file,
-            is_eager=True,
-        ),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    mean: Mean = None,
+    std: Std = None,
+    weights: Weights = None,
+    config: Config = None,
+    json: AsJson = False,
 ) -> None:
     """Train a model's weights for the grids of a plan, taught by the float model; goes on where it was stopped."""
     if epochs is not None and steps is not None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from intarsia import terminal
+from intarsia.cli_options import AsJson
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -31,7 +32,7 @@ def bits(
         list[str],
         typer.Option("--limit", help="size=0.5, bops=70G or latency=4ms; a fraction or a value with unit; repeatable."),
     ],
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Choose 4 or 8 bits for each layer, within limits."""
     from intarsia.search.bit_files import read_limits, read_problem
