@@ -46,6 +46,7 @@ OPERATORS: dict[str, str] = {
     "intarsia.attention": "intarsia.kernels.attention.op",
     "intarsia.block_sparse_attention": "intarsia.kernels.block_sparse_attention.op",
     "intarsia.integers": "intarsia.kernels.block_sparse_attention.op",
+    "intarsia.block_mask": "intarsia.kernels.block_sparse_attention.mask_op",
     "intarsia.block_tables": "intarsia.kernels.block_sparse_attention.tables_op",
     "intarsia.block_sparse_attention_tables": "intarsia.kernels.block_sparse_attention.tables_op",
     "intarsia.norm_rope": "intarsia.kernels.norm_rope.op",

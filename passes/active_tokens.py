@@ -17,8 +17,9 @@ from intarsia.ir.types import TensorType
 from intarsia.passes.active_caches import LARGEST, Caches
 from intarsia.passes.active_inputs import ACTIVE, StepInputs
 from intarsia.passes.active_rules import by_rows, pieces
+from intarsia.passes.active_sparse import SparseRows
 from intarsia.passes.active_tape import Tape
-from intarsia.passes.attention_sites import DENSE, Site
+from intarsia.passes.attention_sites import DENSE, SPARSE, Site
 from intarsia.passes.base import Pass
 from intarsia.passes.fuse_attention import OP as FUSED
 from intarsia.passes.token_places import Place, TokenPlaces
@@ -56,6 +57,9 @@ class ActiveTokens(Pass):
     With ``cache_dtype="i8"`` or ``"f8e4m3"`` caches of keys and values, and of their slopes, are stored in eight bits,
     with a scale for each token and head. Attention reads them in the model's own type, and active tokens as they were
     computed; so the dense step stays what it is.
+
+    Behind ``sparse-attention`` and ``fuse-heads`` each head keeps its pattern, as rows of a mask: active queries of a
+    thinned head cost what those of a dense one do.
 
     Source: Chu and Patel, Heterogeneous Step Allocation, 2026 (KV-cache synchronization, cached velocity); the paper
     gives no rewriting, and its caches are held: the rewriting and what moves caches along are ours.
@@ -123,6 +127,7 @@ class _Rewriting:
         size = fresh(ACTIVE, {size.name for size in graph.sizes})
         self.tape = Tape(graph.values, active=ACTIVE, size=size, tokens=places.count)
         self.caches = Caches(self.tape, linear=linear, dtype=dtype)
+        self.sparse = SparseRows(self.tape)
         self.now: dict[str, str] = {}
         self.whole: dict[str, str] = {}
         self.seen: dict[str, str] = {}
@@ -133,9 +138,10 @@ class _Rewriting:
     def graph(self) -> Graph:
         before, tape, caches = self.before, self.tape, self.caches
         for node in before.nodes:
-            if _attends(node) and node.op not in (DENSE, FUSED):
+            if _attends(node) and node.op not in (DENSE, FUSED, SPARSE):
                 raise Unsupported(
-                    f"step allocation: %{node.name} is {node.op}; it goes before passes that change attention"
+                    f"step allocation: %{node.name} is {node.op}, whose queries cannot be left out; of what changes "
+                    "attention only sparse-attention and fuse-heads go before it"
                 )
         for node in before.nodes:
             self._take(node)
@@ -211,6 +217,8 @@ class _Rewriting:
                 names[name] = self._seen(name)
         if isinstance(mask := node.args.get("attn_mask"), Ref):
             names[mask.name] = self._mask(mask.name, place)
+        if node.op == SPARSE and place:
+            node = self.sparse.dense(node, self.places.shape(query)[2], place)
         self._put(node, names)
 
     def _mask(self, name: str, place: Place | None) -> str:

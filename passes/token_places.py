@@ -10,9 +10,10 @@ from intarsia.ir.errors import Unsupported
 from intarsia.ir.graph import Graph
 from intarsia.ir.sizes import Dim
 from intarsia.ir.tokens import TokenLayout
-from intarsia.passes.attention_sites import Site, survey, why_none
+from intarsia.passes.attention_sites import SPARSE, Site, survey, why_none
 from intarsia.passes.token_axes import Axis, Factor, Segment, count
 from intarsia.passes.token_flow import TokenAxes
+from intarsia.passes.token_layout import layout_of
 
 
 @dataclass(frozen=True)
@@ -38,29 +39,30 @@ class TokenPlaces:
     Args:
         graph: Any traced model.
 
+    Attributes:
+        attention: Every call of attention, and why it is no dense self-attention over video tokens if it is none.
+        layout: How the tokens lie in the video; text beside them is that of the first attention.
+        video: The axes that are the video's tokens.
+
     Raises:
         Unsupported: The graph has no self-attention over the tokens of a video, or two that differ in them.
     """
 
     def __init__(self, graph: Graph) -> None:
-        if reason := why_none(graph):
-            raise Unsupported(f"step allocation: {reason}")
         self._axes = TokenAxes(graph)
         self.attention: Mapping[str, Site | str] = survey(graph)
-        self.sites = tuple(found for found in self.attention.values() if isinstance(found, Site))
-        first, *others = self.sites
-        self.video = self._segment(first)
-        for site in others:
-            if self._segment(site) != self.video:
+        asked = {site.name: site.query for site in self.attention.values() if isinstance(site, Site)}
+        asked |= {node.name: node.ref("query") for node in graph.find(SPARSE)}
+        videos = {name: found for name, query in asked.items() if (found := self._video(query))}
+        if not videos:
+            raise Unsupported(f"step allocation: {why_none(graph)}")
+        (first, (self.layout, self.video)), *others = videos.items()
+        for name, (layout, video) in others:
+            if video != self.video:
                 raise Unsupported(
-                    f"step allocation: %{site.name} is among {site.layout}, %{first.name} among {first.layout}; "
-                    "one set of tokens is followed"
+                    f"step allocation: %{name} is among {layout}, %{first} among {self.layout}; one set of tokens is "
+                    "followed"
                 )
-
-    @property
-    def layout(self) -> TokenLayout:
-        """How the tokens lie in the video; text beside them is that of the first attention."""
-        return self.sites[0].layout
 
     @property
     def count(self) -> int:
@@ -84,10 +86,14 @@ class TokenPlaces:
                 return Place(dim, sum(map(count, axis[:number])), sum(map(count, axis[number + 1 :])))
         return None
 
-    def _segment(self, site: Site) -> Segment:
-        """The segment of a site's axis of tokens that is the video: the one of three factors."""
-        (found,) = (segment for segment in self._axes.of(site.query)[2] if len(segment) == 3)
-        return found
+    def _video(self, query: str) -> tuple[TokenLayout, Segment] | None:
+        """How the tokens of queries (B, H, S, D) lie, and the segment of S that is the video; None if they are none."""
+        axis = self._axes.of(query)[2]
+        layout = layout_of(axis)
+        if isinstance(layout, str):
+            return None
+        (segment,) = (segment for segment in axis if len(segment) == 3)
+        return layout, segment
 
     @cached_property
     def _spellings(self) -> frozenset[Segment]:

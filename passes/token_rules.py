@@ -43,6 +43,7 @@ BESIDE = frozenset(
         "aten.rms_norm",
         "aten.softmax.int",
         "aten.type_as",
+        "aten.zeros_like",
         "aten._softmax",
         "aten._to_copy",
         "intarsia.add_requantized",

@@ -232,6 +232,10 @@ CASES: Mapping[str, Callable[[], Iterable[Case]]] = {
     "intarsia.attention": attentions,
     "intarsia.block_sparse_attention": sparse_attentions,
     "intarsia.integers": lambda: ({"runs": runs} for runs in ("0:4*1", "3:2*4+3*1,0:1*1")),
+    "intarsia.block_mask": lambda: (
+        {"blocks": "3:0-1;-;0,2", "order": order, "tokens": 6, "block_q": 2, "block_k": 2}
+        for order in (None, "0:3*2,1:3*2")
+    ),
     "intarsia.block_tables": lambda: (
         {"blocks": "3:0-1;-;0,2", "order": order, "keys": 6, "block_k": 2} for order in (None, "0:3*2,1:3*2")
     ),
@@ -264,7 +268,7 @@ class Call(torch.nn.Module):
         return self.op(**tensors, **self.others)
 
 
-OF_TEXTS = ("intarsia.block_sparse_attention", "intarsia.integers", "intarsia.block_tables")
+OF_TEXTS = ("intarsia.block_sparse_attention", "intarsia.integers", "intarsia.block_mask", "intarsia.block_tables")
 """Operators that make constants of texts, which ``run_decompositions`` cannot add; backends lower them themselves."""
 
 OF_DATA = ("intarsia.exact_dyadic",)

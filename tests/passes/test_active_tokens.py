@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,16 @@ from intarsia.ir.execute import check_types
 from intarsia.ir.graph import Graph
 from intarsia.ir.operators import DTYPES
 from intarsia.ir.program import Program, example_inputs
+from intarsia.ir.rewrite import rewrite
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
 from intarsia.ir.verify import verify
 from intarsia.passes.active_tokens import ACTIVE, ActiveTokens
+from intarsia.passes.attention_sites import SPARSE
 from intarsia.passes.base import find_pass
+from intarsia.passes.fuse_heads import FuseHeads
 from intarsia.passes.fuse_kernels import FuseKernels
-from intarsia.passes.sparse_attention import SparseAttention
+from intarsia.passes.sparse_attention import SparseAttention, places
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -289,13 +293,47 @@ def test_says_what_it_cannot_leave_tokens_out_of(text: str, message: str, target
     assert "\n" not in str(raised.value)
 
 
-def test_goes_before_sparse_attention(wan_mini: Program, target: Target) -> None:
+def thinned(program: Program, target: Target, *, fused: bool) -> Program:
+    """Every head of the first and third attention in a pattern of its own, all of the second in one."""
+    sparse, graph = SparseAttention(), program.graph
+    sites = sparse.sites(graph)
+    options = ("diagonal(density=0.25)", "tile-offsets(density=0.25)", "skip", "vertical-stripe(density=0.25, sink=0)")
+    chosen = {place: option for site in sites[0:3:2] for place, option in zip(places(site), options, strict=True)}
+    chosen |= dict.fromkeys(places(sites[1]), "multi-diagonal(density=0.25)")
+    made = sparse.run(graph, target, chosen)
+    return Program(FuseHeads().run(made, target, {}) if fused else made, program.weights)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("caches", ["held", "linear"])
+def test_sparse_heads_keep_their_patterns(wan_mini: Program, target: Target, fused: bool, caches: str) -> None:
+    program = thinned(wan_mini, target, fused=fused)
+    stepper = Stepper(ActiveTokens(caches), program, target)
+    check_types(stepper.graph)
+    own, everything = step_inputs(program), torch.arange(stepper.tokens)
+    with torch.no_grad():
+        (whole,) = program.module()(*own)
+    dense, after = stepper(own, everything, stepper.empty())
+    torch.testing.assert_close(dense, whole, rtol=1e-4, atol=1e-5)
+    some, _ = stepper(own, everything[::3], after)
+    torch.testing.assert_close(some, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_whose_attention_is_all_sparse_has_tokens(wan_mini: Program, target: Target) -> None:
     sparse = SparseAttention()
-    head, options = list(sparse.choices(wan_mini.graph, target).items())[-1]
-    pattern = next(option for option in options if option.startswith("diagonal"))
-    thinned = sparse.run(wan_mini.graph, target, {head: pattern})
-    with pytest.raises(Unsupported, match="block_sparse_attention; it goes before passes that change attention"):
-        ActiveTokens().run(thinned, target, {})
+    options = dict.fromkeys(sparse.choices(wan_mini.graph, target), "diagonal(density=0.25)")
+    made = ActiveTokens().run(sparse.run(wan_mini.graph, target, options), target, {})
+    assert not list(made.find(SPARSE))
+    assert len(list(made.find("intarsia.block_mask"))) == 1
+
+
+def test_a_head_that_blends_in_the_mean_is_not_built(wan_mini: Program, target: Target) -> None:
+    made = thinned(wan_mini, target, fused=False).graph
+    blended = rewrite(
+        made, lambda node: [replace(node, args={**node.args, "mean": 0.1})] if node.op == SPARSE else None
+    )
+    with pytest.raises(Unsupported, match="sparse attention, and its heads blend in the mean of all values: not built"):
+        ActiveTokens().run(blended, target, {})
 
 
 def test_a_graph_without_attention_has_no_tokens(mlp: Graph, target: Target) -> None:

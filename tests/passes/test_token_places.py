@@ -8,6 +8,7 @@ import pytest
 
 from intarsia.ir.errors import Unsupported
 from intarsia.ir.graph import Graph
+from intarsia.passes.attention_sites import Site
 from intarsia.passes.token_places import Place, TokenPlaces, restricted
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -44,7 +45,10 @@ def test_the_layout_is_that_of_the_video() -> None:
     places = TokenPlaces(Graph.parse(TEXT))
     assert (places.layout.frames, places.layout.height, places.layout.width) == (4, 4, 4)
     assert places.count == 64
-    assert [site.name for site in places.sites] == ["blocks.0.self", "blocks.1.self"]
+    assert [name for name, found in places.attention.items() if isinstance(found, Site)] == [
+        "blocks.0.self",
+        "blocks.1.self",
+    ]
 
 
 def test_text_beside_the_video_is_counted() -> None:
