@@ -23,10 +23,12 @@ PASSES: dict[str, str] = {
     "drop-noops": "intarsia.passes.drop_noops:DropNoops",
     "drop-ranges": "intarsia.passes.drop_ranges:DropRanges",
     "drop-unused": "intarsia.passes.drop_unused:DropUnused",
+    "first-block-cache": "intarsia.passes.step_caching:FirstBlockCache",
     "fold-batch-norm": "intarsia.passes.fold_batch_norm:FoldBatchNorm",
     "fold-sizes": "intarsia.passes.fold_sizes:FoldSizes",
     "fuse-heads": "intarsia.passes.fuse_heads:FuseHeads",
     "fuse-kernels": "intarsia.passes.fuse_kernels:FuseKernels",
+    "hoist-invariants": "intarsia.passes.hoist_invariants:HoistInvariants",
     "integer-islands": "intarsia.passes.integer_islands:IntegerIslands",
     "lower-integer": "intarsia.passes.lower_integer:LowerInteger",
     "merge-duplicates": "intarsia.passes.merge_duplicates:MergeDuplicates",
@@ -37,6 +39,7 @@ PASSES: dict[str, str] = {
     "smooth-linear": "intarsia.passes.smooth_linear:SmoothLinear",
     "sparse-attention": "intarsia.passes.sparse_attention:SparseAttention",
     "tables-of-blocks": "intarsia.passes.tables_of_blocks:TablesOfBlocks",
+    "teacache": "intarsia.passes.step_caching:TeaCache",
 }
 """Passes that come with Intarsia, by name; others join by entry points of the group ``intarsia.passes``."""
 
@@ -73,6 +76,14 @@ class Pass(ABC):
     @abstractmethod
     def run(self, graph: Graph, target: Target, chosen: Chosen) -> Graph:
         """The changed graph, or ``graph`` itself when nothing changes; weights are never looked at."""
+
+    def split(self, graph: Graph) -> tuple[Graph, ...]:
+        """The segments that a step runs one after the other, each as an engine of its own; one graph is no cut.
+
+        Asked of the graph that all passes of a plan left, its weight-only nodes run. Together the segments have all
+        its calls, as ``ir.segments.split`` cuts it, and possibly more outputs. One pass of a plan may cut.
+        """
+        return (graph,)
 
     def __str__(self) -> str:
         return str(spec_of(self.name, self))

@@ -1,0 +1,196 @@
+"""Where the blocks of a video transformer begin and end: the residual stream, followed through the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from intarsia.ir.errors import Unsupported
+from intarsia.ir.graph import Graph, Node, Ref
+from intarsia.ir.types import TensorType
+from intarsia.passes.token_places import Place, TokenPlaces
+
+SUM = "aten.add.Tensor"
+
+CARRIES = frozenset(
+    {
+        "aten._to_copy",
+        "aten.alias",
+        "aten.cat",
+        "aten.clone",
+        "aten.dropout",
+        "aten.slice.Tensor",
+        "aten.split.Tensor",
+        "aten.split_with_sizes",
+        "aten.to.dtype",
+    }
+)
+"""Calls that hand the stream on: in another type, beside the text, or without it."""
+
+
+@dataclass(frozen=True)
+class BlockCuts:
+    """The residual stream of a video transformer, by names of values over all video tokens and nothing else (B, N, D).
+
+    Attributes:
+        first: The stream before the first block.
+        signal: What the first self-attention projects: the stream, normed and modulated by the time step.
+        behind: The stream behind each block; the last ends what is between the embedding and the head.
+    """
+
+    first: str
+    signal: str
+    behind: tuple[str, ...]
+
+    @property
+    def last(self) -> str:
+        """The stream behind the last block."""
+        return self.behind[-1]
+
+    @classmethod
+    def of(cls, graph: Graph) -> BlockCuts:
+        """Those of a traced graph.
+
+        A block begins where the residual sum of a self-attention over the video's tokens takes the stream, and ends
+        where the next one does. Text that has a stream of its own is none of this one.
+
+        Raises:
+            Unsupported: The graph has no self-attention over video tokens, or no residual stream goes around each.
+        """
+        return _Stream(graph, TokenPlaces(graph)).cuts()
+
+
+class _Stream:
+    """The residual sums of a graph, from the last to the first."""
+
+    def __init__(self, graph: Graph, places: TokenPlaces) -> None:
+        self.graph, self.places = graph, places
+        self.order = {value.name: number for number, node in enumerate(graph.nodes) for value in node.outputs}
+
+    def cuts(self) -> BlockCuts:
+        sums = [*self._sums()][::-1]
+        if not sums:
+            raise self._none("no sum of a value and what was computed from it is over the tokens of the video")
+        calls = [node for node in self.graph.nodes if self._is_among_tokens(node)]
+        skips = dict.fromkeys(self._skip_of(call.name, sums) for call in calls)
+        first, *streams = [self._video(skip) for skip in skips]
+        last = self._handed_on(sums[-1][0], like=first)
+        return BlockCuts(first, self._signal(first, calls[0].ref("query")), (*streams, last))
+
+    def _sums(self) -> Iterator[tuple[str, str]]:
+        """Residual sums along one stream, the last first, and the value that each adds to, the skip."""
+        ends = (node for node in reversed(self.graph.nodes) if self._skip(node) is not None)
+        node = next(ends, None)
+        while node is not None:
+            if (skip := self._skip(node)) is not None:
+                yield node.name, skip
+            name = skip or self._carried(node)
+            node = self.graph.producers.get(name) if name else None
+
+    def _skip(self, node: Node) -> str | None:
+        """Of a residual sum over the tokens, the operand from which the other was computed."""
+        left, right = node.args.get("self"), node.args.get("other")
+        if node.op != SUM or not isinstance(left, Ref) or not isinstance(right, Ref) or left == right:
+            return None
+        if not self._is_stream(node.name):
+            return None
+        for skip, branch in ((left.name, right.name), (right.name, left.name)):
+            alike = self.places.shape(skip) == self.places.shape(branch) == self.places.shape(node.name)
+            if alike and self._leads(self._origin(skip), branch):
+                return skip
+        return None
+
+    def _is_among_tokens(self, node: Node) -> bool:
+        """Whether the call is self-attention over tokens of the video."""
+        if not node.args.keys() >= {"query", "key", "value"}:
+            return False
+        return all(self._place(node.ref(key)) is not None for key in ("query", "key"))
+
+    def _skip_of(self, attention: str, sums: list[tuple[str, str]]) -> str:
+        """The value that the first residual sum behind an attention adds to."""
+        for name, skip in sums:
+            if self._leads(attention, name):
+                if self._leads(attention, skip):
+                    raise self._none(f"the sums that end in %{sums[-1][0]} begin at %{skip}, behind %{attention}")
+                return skip
+        raise self._none(f"nothing is added behind %{attention}")
+
+    def _video(self, name: str) -> str:
+        """The stream of the video alone, where ``name`` may have text beside it."""
+        while (place := self.places.of(name)) is not None and place.others:
+            before = self._carried(self.graph.producers[name]) if name in self.graph.producers else None
+            if before is None:
+                raise self._none(f"%{name} has text beside the video, and no value has the video alone")
+            name = before
+        return name
+
+    def _handed_on(self, name: str, *, like: str) -> str:
+        """The value behind the last residual sum that has the tokens of the video alone."""
+        while self.places.shape(name) != self.places.shape(like) or not self._is_alone(name):
+            behind = [
+                value.name
+                for node in self.graph.users.get(name, ())
+                for value in node.outputs
+                if node.op in CARRIES and self._is_stream(value.name)
+            ]
+            if len(behind) != 1:
+                raise self._none(f"behind %{name} no one value is the video's, as large as %{like}")
+            name = behind[0]
+        return name
+
+    def _signal(self, first: str, query: str) -> str:
+        """The last value between the stream and an attention before the first product with weights."""
+        found, reached = first, {first}
+        for node in self.graph.nodes[self.order.get(first, -1) + 1 : self.order[query] + 1]:
+            if not reached.intersection(node.inputs) or self._multiplies(node):
+                continue
+            reached.update(value.name for value in node.outputs)
+            same = self._is_alone(node.name) and self.places.shape(node.name) == self.places.shape(first)
+            if same and self._leads(node.name, query):
+                found = node.name
+        return found
+
+    def _multiplies(self, node: Node) -> bool:
+        """Whether the call takes a weight of two axes or more."""
+        weights = {param.name: param.type for param in self.graph.params}
+        types = [weights[name] for name in node.inputs if name in weights]
+        return any(isinstance(type_, TensorType) and len(type_.shape) > 1 for type_ in types)
+
+    def _carried(self, node: Node) -> str | None:
+        """The value with tokens that a call hands on; None where it does more."""
+        names = [name for name in node.inputs if self._is_stream(name)] if node.op in CARRIES else []
+        return names[0] if len(names) == 1 else None
+
+    def _origin(self, name: str) -> str:
+        """The value that was handed on as ``name``."""
+        while name in self.graph.producers and (before := self._carried(self.graph.producers[name])):
+            name = before
+        return name
+
+    def _is_stream(self, name: str) -> bool:
+        return self._place(name) is not None and len(self.places.shape(name)) == 3
+
+    def _is_alone(self, name: str) -> bool:
+        place = self._place(name)
+        return place is not None and len(self.places.shape(name)) == 3 and not place.others
+
+    def _place(self, name: str) -> Place | None:
+        return self.places.of(name) if isinstance(self.graph.values[name].type, TensorType) else None
+
+    def _leads(self, source: str, name: str) -> bool:
+        """Whether ``name`` is, or is computed from, ``source``."""
+        first, open_, seen = self.order.get(source, -1), [name], {name}
+        while open_:
+            name = open_.pop()
+            if name == source:
+                return True
+            node = self.graph.producers.get(name)
+            new = {used for used in (node.inputs if node else ()) if self.order.get(used, -1) >= first} - seen
+            seen |= new
+            open_ += new
+        return False
+
+    def _none(self, reason: str) -> Unsupported:
+        return Unsupported(
+            f"{self.graph.name}: no residual stream: {reason}; caching steps needs one around its blocks"
+        )

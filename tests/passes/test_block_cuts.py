@@ -1,0 +1,51 @@
+"""The residual stream of a video transformer and where its blocks end, found without a name of a module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from intarsia.ir.errors import Unsupported
+from intarsia.ir.graph import Graph
+from intarsia.passes.block_cuts import BlockCuts
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+TEXT = (GOLDEN / "small-video.graph").read_text()
+
+SEQUENTIAL = """graph sequential {
+  input %hidden_states: f32[2, 2, 4, 8, 8]
+  param %patch.weight: f32[16, 2, 1, 2, 2]
+  %patch: f32[2, 16, 4, 4, 4] = aten.conv3d(input=%hidden_states, weight=%patch.weight, bias=None, stride=[1, 2, 2])
+  %flat: f32[2, 16, 64] = aten.flatten.using_ints(self=%patch, start_dim=2, end_dim=4)
+  %tokens: f32[2, 64, 16] = aten.transpose.int(self=%flat, dim0=1, dim1=2)
+  %heads: f32[2, 64, 2, 8] = aten.view(self=%tokens, size=[2, 64, 2, 8])
+  %q: f32[2, 2, 64, 8] = aten.transpose.int(self=%heads, dim0=1, dim1=2)
+  %y: f32[2, 2, 64, 8] = aten.scaled_dot_product_attention(query=%q, key=%q, value=%q)
+  return %y
+}
+"""
+
+
+def test_a_block_ends_where_the_next_attention_is_added() -> None:
+    cuts = BlockCuts.of(Graph.parse(TEXT))
+    assert cuts == BlockCuts("tokens", "blocks.0.moved", ("blocks.0", "blocks.1"))
+    assert cuts.last == "blocks.1"
+
+
+def test_a_stream_in_a_wider_type_is_followed() -> None:
+    wide = TEXT.replace(
+        "  %blocks.1.seen: f32[2, 64, 16] = aten.add.Tensor(self=%blocks.0,",
+        "  %wide: f32[2, 64, 16] = aten._to_copy(self=%blocks.0, dtype=torch.float32)\n"
+        "  %blocks.1.seen: f32[2, 64, 16] = aten.add.Tensor(self=%wide,",
+    )
+    assert BlockCuts.of(Graph.parse(wide)) == BlockCuts("tokens", "blocks.0.moved", ("wide", "blocks.1"))
+
+
+def test_attention_that_nothing_goes_around_is_refused_by_name() -> None:
+    with pytest.raises(Unsupported, match="sequential: no residual stream: no sum of a value and what was computed"):
+        BlockCuts.of(Graph.parse(SEQUENTIAL))
+    broken = TEXT.replace("(self=%blocks.0, other=%blocks.1.self.o)", "(self=%blocks.1.self.o, other=%blocks.1.self.o)")
+    reason = "the sums that end in %blocks.1 begin at %blocks.1.seen, behind %blocks.0.self; caching steps needs one"
+    with pytest.raises(Unsupported, match=reason):
+        BlockCuts.of(Graph.parse(broken))
