@@ -14,6 +14,8 @@
 
 Where phases of the loop run different programs, these are of phase 0. The program that phase 1 is the first to run has
 a graph and a sample below ``phase-1/`` and engines in ``engine/<backend>/phase-1/``; the weights of all are together.
+Where a step runs segments of the graph one after the other, graph and sample are of the whole, and each segment has its
+own below ``segment-0/`` and its engines in ``engine/<backend>/segment-0/``.
 
 The same inputs give the same bytes, but for ``measurements.json``, its line in the manifest, and ``report.html``.
 """
@@ -29,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.backends.base import Backend, Engine, find_backend
-from intarsia.backends.by_step import joined
-from intarsia.backends.manifest import MEASUREMENTS, fault, read_manifest, read_sealed
-from intarsia.backends.phases import StepRange, of_phase
+from intarsia.backends.manifest import MEASUREMENTS, SEGMENTS, fault, read_manifest, read_sealed
+from intarsia.backends.parts import PhaseParts, SegmentParts
+from intarsia.backends.phases import StepRange
 from intarsia.backends.variant import Sample, Variant
 from intarsia.ir.errors import MissingEnvironment, QualityError, UsageError
 from intarsia.ir.graph import Graph
@@ -78,13 +80,27 @@ class Bundle:
 
     @cached_property
     def variants(self) -> tuple[Variant, ...]:
-        """The distinct programs, that of the first step first."""
+        """The distinct programs of steps, that of the first step first."""
         programs = sorted({one.program for one in self.phases} or {0})
-        return tuple(Variant(self, phase, of_phase(self.phases, phase)) for phase in programs)
+        return tuple(Variant(self, phase, PhaseParts(self.phases)) for phase in programs)
+
+    @cached_property
+    def segments(self) -> tuple[Variant, ...]:
+        """What a step runs one after the other, each with engines of its own; none where the graph is not cut.
+
+        Their engines are the ``segments`` of the ``SegmentedEngine`` that ``engine`` gives.
+        """
+        count = int(self.manifest.get(SEGMENTS, 0))
+        return tuple(Variant(self, number, SegmentParts(count)) for number in range(count))
+
+    @property
+    def built(self) -> tuple[Variant, ...]:
+        """The programs that engines are of: the segments, or the programs of steps."""
+        return self.segments or self.variants
 
     @property
     def graph(self) -> Graph:
-        """The graph that the engine was built from; with phases, that of the first."""
+        """The graph that the engine was built from; with phases, that of the first; with segments, the whole."""
         return self.variants[0].graph
 
     @property
@@ -173,8 +189,9 @@ class Bundle:
             yield Chosen(name, engine, "; ".join(said), on_reference=True)
 
     def _loaded(self, name: str, load: Callable[[Path, Sequence[str]], Engine]) -> Engine:
-        engines = {variant.phase: load(*variant.engine_files(name)) for variant in self.variants}
-        return joined(engines, self.phases, self.graph)
+        engines = {variant.number: load(*variant.engine_files(name)) for variant in self.built}
+        graphs = {variant.number: variant.graph for variant in self.built}
+        return self.built[0].parts.join(engines, self.graph, graphs)
 
     def known(self, name: str) -> str:
         """``name``; UsageError if the bundle holds no such engine."""
@@ -211,10 +228,13 @@ def preference(name: str) -> tuple[int, str]:
     return (PREFERENCE.index(name) if name in PREFERENCE else len(PREFERENCE), name)
 
 
-def fingerprints(programs: Mapping[int, Program], plan: Plan | None) -> Mapping[str, str | None]:
-    """Twelve hexadecimal digits each for graph and weights of every program, by phase, and for the plan."""
+def fingerprints(
+    programs: Mapping[int, Program], plan: Plan | None, segments: Sequence[Graph] = ()
+) -> Mapping[str, str | None]:
+    """Twelve hexadecimal digits each for graph and weights of every program, by phase, for segments and the plan."""
     found: dict[str, str | None] = {}
     for phase, program in programs.items():
         later = f" of phase {phase}" if phase else ""
         found |= {f"graph{later}": program.graph.fingerprint, f"weights{later}": program.fingerprint()}
+    found |= {f"graph of segment {number}": graph.fingerprint for number, graph in enumerate(segments)}
     return {**found, "plan": hashlib.sha256(plan.to_json().encode()).hexdigest()[:12] if plan else None}

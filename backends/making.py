@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from intarsia.backends.base import Backend, Built, Engine, require_support
 from intarsia.backends.bundle import Chosen, preference
-from intarsia.backends.by_step import joined
-from intarsia.backends.manifest import OWN
-from intarsia.backends.phases import StepRange, of_phase, subfolder
+from intarsia.backends.manifest import OWN, PHASES, SEGMENTS
+from intarsia.backends.parts import Parts, SegmentParts
 from intarsia.ir.errors import MissingEnvironment, Unsupported
+from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program
 from intarsia.ir.target import Target
 
@@ -51,29 +50,34 @@ class Made:
     """Engines of one backend, one a program, and what of them runs here.
 
     Attributes:
-        written: By the number of the first phase that runs them.
-        chosen: What runs here, of all phases together.
+        parts: What their programs are to the model.
+        written: By the number of their program.
+        chosen: What runs here, of all programs together.
         obstacle: Why the engines themselves do not run here; empty if they do.
     """
 
     backend: Backend
+    parts: Parts
     written: Mapping[int, Written]
     chosen: Chosen | None
     obstacle: str
 
     def claims(self) -> dict[str, object]:
-        """Their entry in the manifest; what is said of later phases' engines stands below ``phases``."""
+        """Their entry in the manifest; engines of later phases stand below ``phases``, segments' below ``segments``."""
         sample = OWN if not self.obstacle else f"not run: {self.obstacle}"
         if self.chosen and self.chosen.on_reference:
             sample = f"its reference's: {self.obstacle}"
+        head = {"backend": str(self.backend), "sample": sample}
+        if isinstance(self.parts, SegmentParts):
+            return {**head, SEGMENTS: {str(number): one.claims() for number, one in self.written.items()}}
         later = {str(phase): one.claims() for phase, one in self.written.items() if phase}
-        head = {"backend": str(self.backend), "sample": sample, **self.written[0].claims()}
-        return {**head, "phases": later} if later else head
+        return {**head, **self.written[0].claims(), **({PHASES: later} if later else {})}
 
 
 def make_engines(
     programs: Mapping[int, Planned],
-    phases: Sequence[StepRange],
+    parts: Parts,
+    whole: Graph,
     *,
     target: Target,
     folder: Path,
@@ -82,20 +86,25 @@ def make_engines(
     """Build every engine below ``folder``, the preferred backend's first, and load what runs here.
 
     Args:
-        programs: By the number of the first phase that runs them; they ask for the same backends.
-        phases: The loop's phases; none where one program runs at every step.
+        programs: By number; they ask for the same backends.
+        parts: What they are to the model, whose graph is ``whole``.
 
     Raises:
         MissingEnvironment: A package that a backend needs is not there.
     """
-    graph = programs[0].program.graph
+    graphs = {number: planned.program.graph for number, planned in programs.items()}
+
+    def join(engines: Mapping[int, Engine]) -> Engine:
+        return parts.join(engines, whole, graphs)
+
     made: list[Made] = []
     for builds in _by_backend(programs):
         written: dict[int, Written] = {}
-        for phase, build in builds.items():
-            place = folder / "engine" / build.backend.name / subfolder(phase)
-            written[phase] = _written(build, target, place, f"{build.backend.name}{of_phase(phases, phase)}", progress)
-        made.append(_loaded(builds[0].backend, written, partial(joined, ranges=phases, graph=graph), folder))
+        for number, build in builds.items():
+            place = folder / "engine" / build.backend.name / parts.folder(number)
+            written[number] = _written(build, target, place, f"{build.backend.name}{parts.suffix(number)}", progress)
+        chosen, obstacle = _loaded(builds[0].backend, written, join, folder)
+        made.append(Made(builds[0].backend, parts, written, chosen, obstacle))
     return made
 
 
@@ -120,12 +129,12 @@ def preferred(made: Sequence[Made]) -> Chosen | None:
 
 
 def _by_backend(programs: Mapping[int, Planned]) -> list[dict[int, Build]]:
-    """The builds of each backend by phase, the preferred backend first."""
+    """The builds of each backend by their program's number, the preferred backend first."""
     backends = sorted((build.backend.name for build in programs[0].builds), key=preference)
     return [
         {
-            phase: next(build for build in planned.builds if build.backend.name == name)
-            for phase, planned in programs.items()
+            number: next(build for build in planned.builds if build.backend.name == name)
+            for number, planned in programs.items()
         }
         for name in backends
     ]
@@ -141,15 +150,18 @@ def _written(build: Build, target: Target, folder: Path, what: str, progress: Ca
 
 def _loaded(
     backend: Backend, written: Mapping[int, Written], join: Callable[[Mapping[int, Engine]], Engine], root: Path
-) -> Made:
-    """What runs here: the engines, else their references, else nothing; ``root`` is cut from what a message says."""
+) -> tuple[Chosen | None, str]:
+    """What runs here: the engines, else their references, else nothing; and what keeps the engines from running.
+
+    ``root`` is cut from what that says.
+    """
     try:
-        engine = join({phase: backend.load(one.folder, one.built.files) for phase, one in written.items()})
-        return Made(backend, written, Chosen(backend.name, engine, ""), "")
+        engine = join({number: backend.load(one.folder, one.built.files) for number, one in written.items()})
+        return Chosen(backend.name, engine, ""), ""
     except MissingEnvironment as error:
         obstacle = str(error).replace(f"{root}/", "")
     try:
-        engine = join({phase: backend.load_reference(one.folder, one.built.files) for phase, one in written.items()})
+        engine = join({number: backend.load_reference(one.folder, one.built.files) for number, one in written.items()})
     except MissingEnvironment:
-        return Made(backend, written, None, obstacle)
-    return Made(backend, written, Chosen(backend.name, engine, obstacle, on_reference=True), obstacle)
+        return None, obstacle
+    return Chosen(backend.name, engine, obstacle, on_reference=True), obstacle

@@ -22,6 +22,12 @@ SCHEMA = 2
 PHASED_SCHEMA = 3
 """Of a bundle with phases: a reader that knows ``SCHEMA`` alone would run the first program at every step."""
 
+SEGMENTED_SCHEMA = 4
+"""Of a bundle with segments: a reader that knows the other schemas alone would find no engine."""
+
+PHASES, SEGMENTS = "phases", "segments"
+"""Keys of the manifest: what it says of a loop's phases or of a step's segments, and of their engines."""
+
 MANIFEST = "manifest.json"
 MEASUREMENTS = "measurements.json"
 REPORT = "report.html"
@@ -95,10 +101,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} is no bundle: it holds no {MANIFEST}; give a folder that intarsia export wrote")
     data = read_sealed(folder / MANIFEST)
-    if data.get("schema") not in (SCHEMA, PHASED_SCHEMA):
+    if data.get("schema") not in (SCHEMA, PHASED_SCHEMA, SEGMENTED_SCHEMA):
         raise UsageError(
             f"{folder}: manifest of schema {data.get('schema')!r}; "
-            f"this Intarsia reads schemas {SCHEMA} and {PHASED_SCHEMA}"
+            f"this Intarsia reads schemas {SCHEMA}, {PHASED_SCHEMA} and {SEGMENTED_SCHEMA}"
         )
     return data
 
@@ -167,3 +173,10 @@ def _is_sealed(path: Path) -> bool:
     except QualityError:
         return False
     return True
+
+
+def claims_by_part(claims: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What a manifest says of a backend's engines, by ``phase 1`` or ``segment 0``; by "" for the only or first one."""
+    if SEGMENTS in claims:
+        return {f"segment {number}": one for number, one in claims[SEGMENTS].items()}
+    return {"": claims, **{f"phase {number}": one for number, one in claims.get(PHASES, {}).items()}}

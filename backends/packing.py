@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from intarsia.backends import agreement
+from intarsia.backends.base import Engine
 from intarsia.backends.bundle import CONFIG, FRAMES, PLAN, SAMPLER, Bundle, Chosen, fingerprints, load_bundle
 from intarsia.backends.by_step import at_step
 from intarsia.backends.making import Build, Made, Planned, make_engines, preferred, require_every_support
@@ -20,15 +21,20 @@ from intarsia.backends.manifest import (
     MANIFEST,
     MEASUREMENTS,
     PHASED_SCHEMA,
+    PHASES,
     REPORT,
     SCHEMA,
+    SEGMENTED_SCHEMA,
+    SEGMENTS,
     canonical,
     entries_below,
     plain,
     read_sealed,
     sealed,
 )
-from intarsia.backends.phases import StepRange, of_phase, subfolder
+from intarsia.backends.parts import Parts, PhaseParts, SegmentParts
+from intarsia.backends.phases import StepRange
+from intarsia.backends.segmented import SegmentedEngine
 from intarsia.backends.variant import GRAPH, SAMPLE, WEIGHTS, Sample
 from intarsia.backends.writing import new_folder, replace_files
 from intarsia.ir.errors import QualityError
@@ -76,6 +82,7 @@ def write_bundle(
     target: Target,
     phases: Sequence[StepRange] = (),
     later: Mapping[int, Planned] | None = None,
+    segments: Sequence[Planned] = (),
     inputs: Sequence[Tensor] | None = None,
     sampler: str | None = None,
     predicted: Mapping[str, object] | None = None,
@@ -96,6 +103,7 @@ def write_bundle(
         phases: The loop's phases, where not every step runs ``program``.
         later: The programs of later phases by the number of the first phase that runs them. What they call as
             ``program`` or each other calls it is the same: ``sharing.share_weights`` sees to that.
+        segments: What ``program`` was cut into, where each has engines of its own; there are no ``builds`` then.
         inputs: The stored sample's inputs in the graph's order; random ones of the inputs' types otherwise. Of a
             bundle with phases each program's timestep is that of the first step that runs it.
         sampler: The denoising loop as JSON.
@@ -111,20 +119,32 @@ def write_bundle(
         MissingEnvironment: The disk is full, or a package that the backend needs is not there.
     """
     say = progress or (lambda _: None)
-    programs = {0: Planned(program, builds), **(later or {})}
-    require_every_support(programs, target)
-    claimed = fingerprints({phase: planned.program for phase, planned in programs.items()}, plan)
+    phased, cut = PhaseParts(tuple(phases)), SegmentParts(len(segments))
+    steps = {0: Planned(program, builds), **(later or {})}
+    built, parts = (dict(enumerate(segments)), cut) if segments else (steps, phased)
+    require_every_support(built, target)
+    claimed = fingerprints(
+        {phase: planned.program for phase, planned in steps.items()}, plan, [one.program.graph for one in segments]
+    )
     with new_folder(folder, marker=MANIFEST) as partial:
-        made = make_engines(programs, phases, target=target, folder=partial, progress=say)
+        made = make_engines(built, parts, program.graph, target=target, folder=partial, progress=say)
         say("write weights")
-        _write_sources(partial, programs, plan, sampler, config or {})
+        weights = _write_graphs(partial, steps, phased) | _write_graphs(partial, dict(enumerate(segments)), cut)
+        save_weights(weights, partial / WEIGHTS)
+        _write_sources(partial, plan, sampler, config or {})
         say("run sample")
         inputs = inputs or example_inputs(program.graph)
-        for phase, planned in programs.items():
+        engines = {one.backend.name: one.chosen.engine for one in made if one.chosen}
+        for phase, planned in steps.items():
             graph = planned.program.graph
             at = at_step(inputs, graph, phases[phase]) if phases else inputs
-            sample = _run_sample(planned.program, made, at, f"{graph.name}{of_phase(phases, phase)}")
-            _write_sample(partial / subfolder(phase), graph, sample)
+            sample = _run_sample(planned.program, made, engines, at, f"{graph.name}{phased.suffix(phase)}")
+            _write_sample(partial / phased.folder(phase), graph, sample)
+        table = dict(zip(_names(program), inputs, strict=True))
+        for number, planned in enumerate(segments):
+            sample = _segment_sample(planned.program, number, made, table, cut.suffix(number))
+            _write_sample(partial / cut.folder(number), planned.program.graph, sample)
+            table |= dict(zip(planned.program.graph.outputs, sample.reference, strict=True))
         say("measure engine")
         found = evidence(preferred(made)) if evidence is not None else Evidence()
         if found.frames is not None:
@@ -133,7 +153,7 @@ def write_bundle(
         for path in partial.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors writes files that only their owner can read
         manifest = {
-            "schema": PHASED_SCHEMA if phases else SCHEMA,
+            "schema": SEGMENTED_SCHEMA if segments else PHASED_SCHEMA if phases else SCHEMA,
             "command": command,
             "engines": {one.backend.name: one.claims() for one in made},
             "target": asdict(target),
@@ -142,7 +162,8 @@ def write_bundle(
             "quality": found.quality,
             "versions": _versions(),
             "files": entries_below(partial),
-            **({"phases": [one.to_json() for one in phases]} if phases else {}),
+            **({PHASES: [one.to_json() for one in phases]} if phases else {}),
+            **({SEGMENTS: len(segments)} if segments else {}),
         }
         (partial / MANIFEST).write_text(canonical(sealed(manifest)))
     return load_bundle(folder)
@@ -168,19 +189,18 @@ def _rewrite_measurements(bundle: Bundle, data: Mapping[str, object], texts: Map
     return load_bundle(bundle.folder)
 
 
-def _write_sources(
-    folder: Path,
-    programs: Mapping[int, Planned],
-    plan: Plan | None,
-    sampler: str | None,
-    config: Mapping[str, object],
-) -> None:
+def _write_graphs(folder: Path, programs: Mapping[int, Planned], parts: Parts) -> dict[str, Tensor]:
+    """Write the graphs of programs; their weights."""
     weights: dict[str, Tensor] = {}
-    for phase, planned in programs.items():
-        (folder / subfolder(phase)).mkdir(exist_ok=True)
-        (folder / subfolder(phase) / GRAPH).write_text(str(planned.program.graph))
+    for number, planned in programs.items():
+        place = folder / parts.folder(number)
+        place.mkdir(exist_ok=True)
+        (place / GRAPH).write_text(str(planned.program.graph))
         weights |= planned.program.weights
-    save_weights(weights, folder / WEIGHTS)
+    return weights
+
+
+def _write_sources(folder: Path, plan: Plan | None, sampler: str | None, config: Mapping[str, object]) -> None:
     (folder / CONFIG).write_text(canonical(config))
     if plan is not None:
         (folder / PLAN).write_text(plan.to_json())
@@ -188,10 +208,29 @@ def _write_sources(
         (folder / SAMPLER).write_text(sampler)
 
 
-def _run_sample(program: Program, made: Sequence[Made], inputs: Sequence[Tensor], title: str) -> Sample:
+def _segment_sample(
+    program: Program, number: int, made: Sequence[Made], table: Mapping[str, Tensor], suffix: str
+) -> Sample:
+    """The sample of a segment, whose inputs ``table`` has by name: the model's, and what references made of them."""
+    engines: dict[str, Engine] = {}
+    for one in made:
+        if one.chosen:
+            assert isinstance(one.chosen.engine, SegmentedEngine)
+            engines[one.backend.name] = one.chosen.engine.segments[number].engine
+    inputs = tuple(table[name] for name in _names(program))
+    return _run_sample(program, made, engines, inputs, f"{program.graph.name}{suffix}")
+
+
+def _names(program: Program) -> list[str]:
+    return [value.name for value in program.graph.inputs]
+
+
+def _run_sample(
+    program: Program, made: Sequence[Made], engines: Mapping[str, Engine], inputs: Sequence[Tensor], title: str
+) -> Sample:
     with torch.no_grad():
         reference = tuple(program.module()(*inputs))
-    answers = {one.chosen.name: one.chosen.engine(*inputs) for one in made if one.chosen}
+    answers = {name: engine(*inputs) for name, engine in engines.items()}
     for one in made:
         name, allowed = one.backend.name, one.backend.tolerance(program.graph)
         answer = answers.get(name)

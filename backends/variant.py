@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from intarsia.backends.phases import subfolder
+from intarsia.backends.parts import Parts, PhaseParts
 from intarsia.ir.errors import QualityError
 from intarsia.ir.graph import Graph
 from intarsia.ir.program import Program, load_weights
@@ -40,13 +40,23 @@ class Variant:
     """A program of a bundle; its parts are read, and checked against the manifest, when asked for.
 
     Attributes:
-        phase: Number of the first phase that runs it; 0 in a bundle without phases.
-        suffix: What tells it from the others in messages, ``, phase 1 (steps 4 to 39)``; empty where it is the only.
+        number: Of the first phase that runs it, or of the segment that it is; 0 in a bundle without either.
+        parts: What it and its like are to the model.
     """
 
     bundle: Bundle
-    phase: int
-    suffix: str
+    number: int
+    parts: Parts
+
+    @property
+    def phase(self) -> int:
+        """Number of the first phase that runs it; 0 in a bundle without phases."""
+        return self.number if isinstance(self.parts, PhaseParts) else 0
+
+    @property
+    def suffix(self) -> str:
+        """What tells it from the others in messages, ``, phase 1 (steps 4 to 39)``; empty where it is the only."""
+        return self.parts.suffix(self.number)
 
     @cached_property
     def graph(self) -> Graph:
@@ -83,13 +93,19 @@ class Variant:
     def engine_files(self, name: str) -> tuple[Path, list[str]]:
         """Folder and files of the engine ``name``; QualityError if one is not what the manifest says."""
         claims: dict[str, Any] = self.bundle.manifest["engines"][name]
-        if self.phase and str(self.phase) not in claims.get("phases", {}):
+        if self._folder:
+            claims = claims.get(self.parts.key, {}).get(str(self.number), {})
+        if "files" not in claims:
             raise QualityError(f"{self.bundle.folder}: the manifest lists no engine of {name}{self.suffix}")
-        files: list[str] = (claims["phases"][str(self.phase)] if self.phase else claims)["files"]
-        folder = Path("engine", name, subfolder(self.phase))
+        files: list[str] = claims["files"]
+        folder = Path("engine", name, self._folder)
         for file in files:
             self.bundle.checked((folder / file).as_posix())
         return self.bundle.folder / folder, files
 
     def _checked(self, name: str) -> Path:
-        return self.bundle.checked(Path(subfolder(self.phase), name).as_posix())
+        return self.bundle.checked(Path(self._folder, name).as_posix())
+
+    @property
+    def _folder(self) -> str:
+        return self.parts.folder(self.number)

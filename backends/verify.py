@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from intarsia.backends import agreement
 from intarsia.backends.bundle import Bundle, Chosen, fingerprints, load_bundle
 from intarsia.backends.manifest import faults
+from intarsia.backends.segmented import SegmentedEngine
 from intarsia.backends.variant import Variant
 from intarsia.ir.errors import IntarsiaError, MissingEnvironment, QualityError
 from intarsia.ir.verify import verify
@@ -80,12 +82,19 @@ def verify_bundle(
     for variant in bundle.variants:
         checking.check(f"graph{variant.suffix}", partial(_graph, variant))
     checking.check("fingerprints", partial(_fingerprints, bundle))
+    for variant in bundle.segments:
+        checking.check(f"graph{variant.suffix}", partial(_graph, variant))
+    if bundle.segments:
+        checking.check("segments", partial(_segments, bundle))
     for name in engines:
-        for variant in bundle.variants:
+        for variant in bundle.built:
             checking.check(f"{name}{variant.suffix}: structure", partial(variant.check, name))
         chosen = checking.load(name, reference=reference)
         if chosen is None:
             continue
+        for variant in bundle.segments:
+            own = _segment_of(chosen, variant)
+            checking.check(f"{name}{variant.suffix}: stored sample", partial(_stored_sample, variant, own))
         for variant in bundle.variants:
             checking.check(f"{name}{variant.suffix}: stored sample", partial(_stored_sample, variant, chosen))
             checking.check(f"{name}{variant.suffix}: fresh inputs", partial(_fresh_inputs, variant, chosen, seed))
@@ -134,8 +143,24 @@ def _graph(variant: Variant) -> str:
     return f"{len(variant.graph.nodes)} nodes, well formed"
 
 
+def _segments(bundle: Bundle) -> str:
+    """Segments that have every call of the whole graph, each once; calls of their own, such as signals, come on top."""
+    calls = Counter(node for variant in bundle.segments for node in variant.graph.nodes)
+    if missing := Counter(bundle.graph.nodes) - calls:
+        raise QualityError(f"{bundle.folder}: %{next(iter(missing)).name} of {bundle.graph.name} is in no segment")
+    counts = ", ".join(str(len(variant.graph.nodes)) for variant in bundle.segments)
+    return f"{counts} nodes, among them all {len(bundle.graph.nodes)} of the graph"
+
+
+def _segment_of(chosen: Chosen, variant: Variant) -> Chosen:
+    """The engine of one segment alone."""
+    assert isinstance(chosen.engine, SegmentedEngine)
+    return replace(chosen, engine=chosen.engine.segments[variant.number].engine)
+
+
 def _fingerprints(bundle: Bundle) -> str:
-    found = fingerprints({variant.phase: variant.program for variant in bundle.variants}, bundle.plan)
+    programs = {variant.phase: variant.program for variant in bundle.variants}
+    found = fingerprints(programs, bundle.plan, [variant.graph for variant in bundle.segments])
     for key, claimed in bundle.manifest["fingerprints"].items():
         if found.get(key) != claimed:
             raise QualityError(f"{bundle.folder}: the {key} has fingerprint {found.get(key)}, claimed is {claimed}")

@@ -272,16 +272,21 @@ def export(
         plan = Plan(graph.fingerprint, machine.name, (Phase(tuple(Step(text, {}) for text in passes)),))
     progress.start("build weights", None)
     made = planned(subject, plan, machine)
-    programs = {phase: _built_with(builders, program, machine) for phase, program in made.programs.items()}
+    parts = [_built_with(builders, program, machine) for program in made.segments]
+    steps = {
+        phase: Planned(program, ()) if parts else _built_with(builders, program, machine)
+        for phase, program in made.programs.items()
+    }
     sampler = subject.model.sampler if subject.model else None
     bundle = write_bundle(
         output,
         program=made.first,
         plan=plan,
-        builds=programs.pop(0).builds,
+        builds=steps.pop(0).builds,
         target=machine,
         phases=made.phases,
-        later=programs,
+        later=steps,
+        segments=parts,
         inputs=export_inputs(subject, made.first),
         sampler=sampler.to_json() if sampler else None,
         predicted=predicted(subject, made, plan, machine),

@@ -10,12 +10,13 @@ from intarsia.backends.by_step import require_phases
 from intarsia.backends.phases import StepRange, step_ranges
 from intarsia.backends.sharing import share_weights
 from intarsia.ir.errors import PlanError
+from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
 from intarsia.ir.program import Program, materialize
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
 from intarsia.passes.active_inputs import StepInputs
-from intarsia.passes.apply import apply
+from intarsia.passes.apply import apply, cutting, segments
 from intarsia.search.roofline import Prediction, predict
 from intarsia.search.step_memory import require_room
 from intarsia.subject import Subject, smallest_sizes
@@ -27,10 +28,12 @@ class Programs:
 
     Attributes:
         phases: The loop's phases; none where the plan does not tell its steps apart.
+        segments: What every step runs one after the other, parts of the only program; none where it is not cut.
     """
 
     programs: Mapping[int, Program]
     phases: tuple[StepRange, ...] = ()
+    segments: tuple[Program, ...] = ()
 
     @property
     def first(self) -> Program:
@@ -44,12 +47,15 @@ def planned(subject: Subject, plan: Plan | None, target: Target) -> Programs:
     Weights of the same bits are the same tensor under the same name in all programs, and no name stands for two.
 
     Raises:
-        PlanError: The plan is not for this graph, or its phases are not those of the model's sampler.
+        PlanError: The plan is not for this graph, its phases are not those of the model's sampler, or passes that cut
+            a step into segments do not agree with it.
         UsageError: There are several programs, and the weights are on the meta device.
+        Unsupported: A pass finds nothing to cut.
     """
     graph = subject.program.graph
     if plan is None:
         return Programs({0: materialize(subject.program)})
+    cutting(plan)
     graphs = [apply(plan, graph, target, phase=number) for number in range(len(plan.phases))]
     for one in filter(StepInputs.of, graphs):
         require_room(one, target)
@@ -58,7 +64,19 @@ def planned(subject: Subject, plan: Plan | None, target: Target) -> Programs:
     alike = [graphs.index(one) for one in graphs]
     phases = plan_ranges(subject, plan, programs=alike)
     made = {number: materialize(replace(subject.program, graph=graphs[number])) for number in sorted(set(alike))}
-    return Programs(share_weights(made) if len(made) > 1 else made, phases if len(plan.phases) > 1 else ())
+    if len(plan.phases) > 1:
+        return Programs(share_weights(made) if len(made) > 1 else made, phases)
+    return Programs(made, segments=_cut(plan, made[0]))
+
+
+def _cut(plan: Plan, program: Program) -> tuple[Program, ...]:
+    """The program's segments; none where it is not cut."""
+    graphs = segments(plan, program.graph)
+    return tuple(_part(program, graph) for graph in graphs) if len(graphs) > 1 else ()
+
+
+def _part(program: Program, graph: Graph) -> Program:
+    return Program(graph, {param.name: program.weights[param.name] for param in graph.params})
 
 
 def plan_ranges(subject: Subject, plan: Plan, *, programs: list[int] | None = None) -> tuple[StepRange, ...]:

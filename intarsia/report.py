@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+from intarsia.backends.manifest import SEGMENTS, claims_by_part
 from intarsia.backends.writing import new_file
 from intarsia.report_bits import BitsSection, bits_section
 from intarsia.report_charts import BarGroup, MetricRow, Trail, bars, bars_note, metric_row, trail
@@ -120,21 +122,16 @@ def page_of(folder: Path) -> Page:
         identity=(
             ("target", f"{target['name']}: {target['summary']}"),
             *(
-                (f"engine of {name}", f"{one['backend']}: {one['check']}; the stored answer is {one['sample']}")
+                (f"engine of {name}", f"{one['backend']}: {_check(one)}; the stored answer is {one['sample']}")
                 for name, one in manifest["engines"].items()
             ),
             *(("left in float", line) for line in facts.in_float or ()),
             *((name, str(text)) for name, text in manifest.get("fingerprints", {}).items() if text),
             *(
-                (f"{backend}: {name}", _as_text(value))
-                for backend, one in manifest["engines"].items()
-                for name, value in one["info"].items()
-            ),
-            *(
-                (f"{backend}, phase {phase}: {name}", _as_text(value))
-                for backend, one in manifest["engines"].items()
-                for phase, later in one.get("phases", {}).items()
-                for name, value in {"check": later["check"], **later["info"]}.items()
+                (f"{backend}{f', {part}' if part else ''}: {name}", _as_text(value))
+                for backend, claims in manifest["engines"].items()
+                for part, one in claims_by_part(claims).items()
+                for name, value in {**({"check": one["check"]} if part else {}), **one["info"]}.items()
             ),
         ),
         versions=tuple((name, str(text)) for name, text in manifest.get("versions", {}).items()),
@@ -143,6 +140,11 @@ def page_of(folder: Path) -> Page:
             File(name, f"{entry['bytes']:,}", str(entry["sha256"])) for name, entry in sorted(manifest["files"].items())
         ),
     )
+
+
+def _check(claims: Mapping[str, Any]) -> str:
+    """What was proven of an engine, or of those of its segments, without running them."""
+    return claims.get("check") or f"{len(claims[SEGMENTS])} segments, one after the other"
 
 
 def _phases(facts: Facts) -> tuple[PhaseRow, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from intarsia.backends.manifest import claims_by_part
 from intarsia.backends.phases import StepRange, title
 from intarsia.report_facts import METRICS, figure
 from intarsia.units import amount, duration, growth, size, speed
@@ -300,7 +301,7 @@ def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:
     lines = [f"{bundle.folder}: {bundle.graph.name} for {target}, {made}, {size(bundle.engine_bytes)}"]
     for name in bundle.engines:
         claims = manifest["engines"][name]
-        checks = "; ".join([claims["check"], *(later["check"] for later in claims.get("phases", {}).values())])
+        checks = "; ".join(one["check"] for one in claims_by_part(claims).values())
         lines.append(f"engine     {name}: {checks}; the stored answer is {claims['sample']}")
     if "baseline_bytes" in predicted:
         before, after = predicted["baseline_bytes"], predicted["bytes"]

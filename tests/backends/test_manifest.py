@@ -50,5 +50,5 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
 
 def test_a_manifest_of_another_schema_is_named_as_such(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(canonical(sealed({"schema": 99, "files": {}})))
-    with pytest.raises(UsageError, match="schema 99; this Intarsia reads schemas 2 and 3"):
+    with pytest.raises(UsageError, match="schema 99; this Intarsia reads schemas 2, 3 and 4"):
         read_manifest(tmp_path)
