@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import ClassVar
 
 from intarsia.ir.errors import Unsupported
@@ -35,6 +36,9 @@ class StepCaching(Pass):
     warm_up: int = 1
     tail: int = 1
 
+    follows: ClassVar[bool] = False
+    """Whether a signal is held against that of the step before, and not against that of the last computed step."""
+
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
             raise ValueError(f"threshold is {self.threshold}; it is a relative change, 0 or more")
@@ -52,6 +56,10 @@ class StepCaching(Pass):
     def run(self, graph: Graph, target: Target, chosen: Chosen) -> Graph:
         """The graph itself."""
         return graph
+
+    @abstractmethod
+    def reach(self, before: float, change: float) -> float:
+        """What is held against the threshold, after a step's relative change; ``before`` is that of the step before."""
 
     @abstractmethod
     def split(self, graph: Graph) -> tuple[Graph, ...]:
@@ -87,11 +95,18 @@ class TeaCache(StepCaching):
     coefficients: tuple[float, ...] = ()
 
     name: ClassVar[str] = "teacache"
+    follows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(isinstance(one, int | float) for one in self.coefficients):
             raise ValueError(f"coefficients are {self.coefficients}; they are numbers, that of the highest power first")
+
+    def reach(self, before: float, change: float) -> float:
+        """The sum of all changes since the last computed step, each through the polynomial."""
+        if not self.coefficients:
+            return before + change
+        return before + reduce(lambda value, coefficient: value * change + coefficient, self.coefficients, 0.0)
 
     def split(self, graph: Graph) -> tuple[Graph, ...]:
         """Before the blocks, all blocks, behind them; errors as of ``StepCaching.split``."""
@@ -110,10 +125,15 @@ class FirstBlockCache(StepCaching):
 
     Source: first block cache of ParaAttention (chengzeyi), as in diffusers, ``hooks/first_block_cache.py``: the mean
     absolute change of the first block's residual over its mean absolute value, against the last step that was
-    computed. The published rule has no ``tail``, and its ``warm_up`` is 1. Finding the cut in a traced graph is ours.
+    computed. The published rule has no ``tail``, its ``warm_up`` is 1, and a change that equals the threshold skips;
+    here it does not, so that a threshold of 0 computes every step. Finding the cut in a traced graph is ours.
     """
 
     name: ClassVar[str] = "first-block-cache"
+
+    def reach(self, before: float, change: float) -> float:
+        """The change itself."""
+        return change
 
     def split(self, graph: Graph) -> tuple[Graph, ...]:
         """Through the first block, the other blocks, behind them; errors as of ``StepCaching.split``."""
