@@ -83,16 +83,26 @@ def bench(engine: Engine, inputs: Sequence[Tensor], *, repeats: int = 20, warmup
 
 
 @dataclass(frozen=True)
+class SegmentTiming:
+    """Seconds of a segment of a step; ``once`` where it runs once for each prompt."""
+
+    timing: Timing
+    once: bool
+
+
+@dataclass(frozen=True)
 class LoopTiming:
     """Seconds of the calls of one phase after the other.
 
     Attributes:
         phases: The loop's phases; none where every call is alike.
         calls: What a call of each phase takes; of the only kind of call where there are no phases.
+        segments: What each segment of a step takes; none where the engine is of one piece.
     """
 
     phases: tuple[StepRange, ...]
     calls: tuple[Timing, ...]
+    segments: tuple[SegmentTiming, ...] = ()
 
     @property
     def call(self) -> Timing:
@@ -108,15 +118,21 @@ class LoopTiming:
         return replace(self.calls[0], **mean)
 
     def to_json(self) -> dict[str, object]:
-        """Plain JSON values: those of one call, and with phases those of each and the seconds of the whole loop."""
+        """Plain JSON values: those of one call, of segments, of phases, and the seconds of the whole loop."""
+        segments = [{**_spread(one.timing), "once": one.once} for one in self.segments]
+        found: dict[str, object] = {**asdict(self.call), **({"segments": segments} if segments else {})}
         if not self.phases:
-            return asdict(self.call)
+            return found
         each = [
-            {"first": one.first, "last": one.last, "seconds": call.seconds, "low": call.low, "high": call.high}
+            {"first": one.first, "last": one.last, **_spread(call)}
             for one, call in zip(self.phases, self.calls, strict=True)
         ]
         loop = sum(one.steps * call.seconds for one, call in zip(self.phases, self.calls, strict=True))
-        return {**asdict(self.call), "phases": each, "loop_seconds": loop}
+        return {**found, "phases": each, "loop_seconds": loop}
+
+
+def _spread(timing: Timing) -> dict[str, float]:
+    return {"seconds": timing.seconds, "low": timing.low, "high": timing.high}
 
 
 def bench_loop(

@@ -63,6 +63,11 @@ class SegmentedEngine(Engine):
         return tuple(table[value.name] for value in self.segments[number].graph.inputs)
 
     @property
+    def once(self) -> tuple[int, ...]:
+        """Numbers of the segments that run once for each prompt."""
+        return tuple(self._memories)
+
+    @property
     def device(self) -> str:
         """The device of the engines, each once."""
         return "; ".join(dict.fromkeys(segment.engine.device for segment in self.segments))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from intarsia import subject as subjects
-from intarsia.allocated import AllocatedEngine, denoising, loop_timing
 from intarsia.backends.base import Engine
 from intarsia.backends.bundle import PLAN, SAMPLER, Bundle, Chosen
 from intarsia.backends.null import NullEngine
@@ -19,6 +18,7 @@ from intarsia.backends.runner import bench_loop
 from intarsia.backends.verify import PASSED, Check
 from intarsia.ir.errors import MissingEnvironment, PlanError, QualityError, UsageError
 from intarsia.ir.program import example_inputs, materialize
+from intarsia.looped import looped, timing_of
 from intarsia.models.sampler import FlowMatchEuler
 from intarsia.search.progress import Progress
 from intarsia.search.quality import Goal, Quality, measure
@@ -112,10 +112,8 @@ def _timings(
     graph = subject.program.graph
     inputs = sample_inputs(subject) or example_inputs(graph, seed=seed)
     progress.start("time engine", None)
-    if isinstance(engine, AllocatedEngine):
-        timing = loop_timing(engine, inputs)
-    else:
-        timing = bench_loop(engine, inputs, graph=graph, phases=phases)
+    sampler = subject.model.sampler if subject.model else None
+    timing = timing_of(engine, inputs, graph=graph, phases=phases, sampler=sampler)
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "device": engine.device,
@@ -160,7 +158,7 @@ def verify_quality(bundle: Bundle, progress: Progress) -> Check:
     references = work.outputs(NullEngine(materialize(subject.program)), "held-out", progress)
     chosen = bundle.choose(claimed["engine"]["name"], reference=claimed["engine"]["on_reference"])
     sampler = subject.model.sampler if subject.model else None
-    engine = denoising(chosen.engine, bundle.graph, bundle.plan, sampler, subject.program.graph)
+    engine = looped(chosen.engine, bundle.graph, bundle.plan, sampler, subject.program.graph)
     quality = measure(work.outputs(engine, "held-out", progress), references)
     for name, metric in Quality.from_json(claimed["metrics"]).metrics.items():
         if abs(quality[name].mean - metric.mean) > max(0.05, 0.002 * abs(metric.mean)):

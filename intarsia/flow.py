@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from intarsia import subject as subjects
-from intarsia.allocated import AllocatedEngine, loop_timing
 from intarsia.backends.base import Backend, find_backend
 from intarsia.backends.bundle import Bundle, Chosen, load_bundle
 from intarsia.backends.making import Build, Planned
 from intarsia.backends.null import NullEngine
 from intarsia.backends.packing import add_report, write_bundle
-from intarsia.backends.runner import bench_loop, denoiser
+from intarsia.backends.runner import denoiser
 from intarsia.backends.verify import VerifyReport, verify_bundle
 from intarsia.bit_flow import Samples, searched_bits
 from intarsia.evidence import evidence, sample_inputs, verify_phases, verify_quality
@@ -28,6 +27,7 @@ from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program, example_inputs, materialize
 from intarsia.ir.spec import Spec, construct
 from intarsia.ir.target import Target, load_target
+from intarsia.looped import timing_of
 from intarsia.models.sampler import FlowMatchEuler
 from intarsia.passes.apply import run_passes
 from intarsia.passes.base import find_pass
@@ -448,8 +448,8 @@ def bench(
 ) -> dict[str, object]:
     """Seconds of one call: of a bundle's engine, or of a model run eagerly through PyTorch. Median and quartiles.
 
-    Of a bundle with phases, or whose steps compute some of the tokens, they are means over the loop's calls, and
-    ``phases`` and ``loop_seconds`` say more.
+    Of a bundle with phases, or whose steps compute some of the tokens or run something once for each prompt, they are
+    means over the loop's calls, and ``phases``, ``segments`` and ``loop_seconds`` say more.
     ``engine`` names the backend whose engine is timed; the preferred one of those that run here otherwise.
     """
     progress = progress or Silent()
@@ -458,18 +458,16 @@ def bench(
         chosen = bundle.choose(engine)
         (timed, graph), title, why = bundle_denoising(bundle, chosen.engine), chosen.name, chosen.why
         inputs, phases = bundle.sample.inputs[: len(graph.inputs)], bundle.phases
+        sampler = FlowMatchEuler.from_json(bundle.sampler) if bundle.sampler else None
     elif engine:
         raise UsageError(f"{subject} is no bundle, whose engine {engine} could be timed; a model runs eagerly")
     else:
         found = _resolve(subject, None, progress)
         timed, title, why = NullEngine(materialize(found.program)), "eager", "a model, which PyTorch runs"
-        graph, phases = found.program.graph, ()
+        graph, phases, sampler = found.program.graph, (), None
         inputs = sample_inputs(found) or example_inputs(graph, seed=seed)
     progress.start("time engine", None)
-    if isinstance(timed, AllocatedEngine):
-        timing = loop_timing(timed, inputs, repeats=repeats)
-    else:
-        timing = bench_loop(timed, inputs, graph=graph, phases=phases, repeats=repeats)
+    timing = timing_of(timed, inputs, graph=graph, phases=phases, sampler=sampler, repeats=repeats)
     progress.finish()
     facts = {"what": str(subject), "engine": title, "why": why, **timing.to_json()}
     return {**facts, "threads": torch.get_num_threads()}

@@ -12,6 +12,7 @@ from typing import Any
 from intarsia import subject as subjects
 from intarsia.backends.base import Backend, find_backend, refusals
 from intarsia.backends.bundle import load_bundle
+from intarsia.backends.segmented import once
 from intarsia.ir.errors import Unsupported, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
@@ -36,7 +37,8 @@ def inspect(
 
     Args:
         subject: A model (traced without memory for weights), a ``.graph`` file, a bundle's folder or a plan's file.
-            Of a bundle with phases the facts are of the first one's program, and ``later`` has those of the others.
+            Of a bundle with phases the facts are of the first one's program, and ``later`` has those of the others;
+            of one with segments they are of the whole, and ``segments`` has those of each.
         backend: Adds what that backend cannot take, and what its passes find, without building anything; needs a
             target.
     """
@@ -57,6 +59,10 @@ def inspect(
     if bundle.phases:
         facts["phases"] = [one.to_json() for one in bundle.phases]
         facts["later"] = {str(variant.phase): looked_at(variant.graph) for variant in bundle.variants[1:]}
+    if bundle.segments:
+        graphs = [variant.graph for variant in bundle.segments]
+        steady = once(bundle.graph, graphs)
+        facts["segments"] = [{"once": number in steady, **looked_at(graph)} for number, graph in enumerate(graphs)]
     return facts
 
 

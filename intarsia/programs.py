@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from intarsia.allocated import allocation_of
 from intarsia.backends.by_step import require_phases
 from intarsia.backends.phases import StepRange, step_ranges
+from intarsia.backends.segmented import once
 from intarsia.backends.sharing import share_weights
 from intarsia.ir.errors import PlanError
 from intarsia.ir.graph import Graph
@@ -15,6 +16,7 @@ from intarsia.ir.plan import Plan
 from intarsia.ir.program import Program, materialize
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
+from intarsia.models.sampler import FlowMatchEuler
 from intarsia.passes.active_inputs import StepInputs
 from intarsia.passes.apply import apply, cutting, segments
 from intarsia.search.roofline import Prediction, predict
@@ -100,8 +102,8 @@ def plan_ranges(subject: Subject, plan: Plan, *, programs: list[int] | None = No
 def predicted(subject: Subject, made: Programs, plan: Plan | None, target: Target) -> dict[str, object]:
     """Seconds a call and weight bytes that the cost model gives the unchanged model and the planned one.
 
-    With phases, and where steps compute some of the tokens, the seconds are the mean over the loop's steps; a weight
-    of several programs counts once.
+    With phases, and where steps compute some of the tokens or a segment runs once for each prompt, the seconds are the
+    mean over the loop's steps; a weight of several programs counts once.
     """
     sizes = smallest_sizes(subject.program.graph)
     before = predict(subject.program.graph, target, sizes)
@@ -116,6 +118,8 @@ def predicted(subject: Subject, made: Programs, plan: Plan | None, target: Targe
         "baseline_bytes": before.bytes,
         "source": f"roofline of {target.name}",
     }
+    if made.segments:
+        return facts | _with_segments(subject, made, plan, target, each[0].seconds)
     if not made.phases:
         return facts
     loop = sum(one.steps * each[one.program].seconds for one in made.phases)
@@ -128,15 +132,43 @@ def predicted(subject: Subject, made: Programs, plan: Plan | None, target: Targe
     }
 
 
+def _with_segments(
+    subject: Subject, made: Programs, plan: Plan | None, target: Target, seconds: float
+) -> dict[str, object]:
+    """What segments change of a step that takes ``seconds`` with all of them; once is at the first step of a loop.
+
+    Segments that steps skip are skipped when the loop runs, as its values ask; here every step runs them.
+    """
+    sampler, sizes = subject.model.sampler if subject.model else None, smallest_sizes(made.first.graph)
+    if (found := StepInputs.of(made.first.graph)) is not None:
+        sizes |= {found.size: found.tokens}
+    steady = once(made.first.graph, [program.graph for program in made.segments])
+    each = [predict(program.graph, target, sizes).seconds for program in made.segments]
+    segments = [{"seconds": one, "once": number in steady} for number, one in enumerate(each)]
+    saved = sum(each[number] for number in steady)
+    computed = list(filter(None, _counts(made.first, plan, sampler))) if sampler else []
+    if sampler is None:
+        return {"segments": segments}
+    mean = seconds - saved * (len(computed) - 1) / sampler.steps
+    return {"segments": segments, "seconds": mean, "loop_seconds": mean * sampler.steps}
+
+
+def _counts(program: Program, plan: Plan | None, sampler: FlowMatchEuler) -> list[int]:
+    """How many tokens each step computes; 1 at every step where all are computed always."""
+    allocation, found = allocation_of(plan), StepInputs.of(program.graph)
+    if allocation is None or found is None:
+        return [1] * sampler.steps
+    return [round(share * found.tokens) for share in allocation.shares_by_step(sampler.steps)]
+
+
 def _mean_step(subject: Subject, program: Program, plan: Plan | None, target: Target) -> Prediction:
     """What a step costs in the mean over a loop whose steps compute some of the tokens."""
-    allocation, sampler = allocation_of(plan), subject.model.sampler if subject.model else None
-    if allocation is None or sampler is None:
+    sampler = subject.model.sampler if subject.model else None
+    if allocation_of(plan) is None or sampler is None:
         raise PlanError(f"{subject.name} has no sampler, whose steps active-tokens allocates")
     found = StepInputs.of(program.graph)
     assert found is not None
-    tokens = found.tokens
-    counts = [round(share * tokens) for share in allocation.shares_by_step(sampler.steps)]
+    tokens, counts = found.tokens, _counts(program, plan, sampler)
     sizes = smallest_sizes(program.graph)
     each = {count: predict(program.graph, target, {**sizes, found.size: count}) for count in {*counts, tokens} if count}
     seconds = sum(each[count].seconds for count in counts if count) / sampler.steps

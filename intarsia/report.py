@@ -71,6 +71,15 @@ class PhaseRow:
 
 
 @dataclass(frozen=True)
+class SegmentRow:
+    """A segment of a step: when it runs, and what a call of it takes."""
+
+    runs: str
+    predicted: str
+    measured: str
+
+
+@dataclass(frozen=True)
 class Page:
     """Everything the template prints."""
 
@@ -84,6 +93,7 @@ class Page:
     bars: tuple[BarGroup, ...]
     bars_note: str
     phases: tuple[PhaseRow, ...]
+    segments: tuple[SegmentRow, ...]
     loop: str
     maps: tuple[Map, ...]
     heads: HeadsSection | None
@@ -113,6 +123,7 @@ def page_of(folder: Path) -> Page:
         bars=bars(facts),
         bars_note=bars_note(facts),
         phases=_phases(facts),
+        segments=_segments(facts),
         loop=_loop(facts),
         maps=maps(facts.plan) if facts.plan else (),
         heads=heads_section(facts.folder, facts.plan),
@@ -161,6 +172,18 @@ def _phases(facts: Facts) -> tuple[PhaseRow, ...]:
             call(measured, number),
         )
         for number, one in enumerate(facts.phases)
+    )
+
+
+def _segments(facts: Facts) -> tuple[SegmentRow, ...]:
+    predicted, measured = facts.predicted.get("segments", ()), facts.measured.get("engine", {}).get("segments")
+    return tuple(
+        SegmentRow(
+            "once for each prompt" if one["once"] else "at every step",
+            duration(one["seconds"]),
+            duration(measured[number]["seconds"]) if measured else "-",
+        )
+        for number, one in enumerate(predicted)
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from intarsia import subject as subjects
-from intarsia.allocated import denoising, step_inputs
+from intarsia.allocated import step_inputs
 from intarsia.backends.base import Engine
 from intarsia.backends.bundle import Bundle, Chosen
 from intarsia.evidence import sample_inputs
@@ -16,6 +16,7 @@ from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
 from intarsia.ir.program import Program, example_inputs
 from intarsia.ir.target import Target
+from intarsia.looped import around, looped
 from intarsia.models.sampler import FlowMatchEuler
 from intarsia.passes.active_inputs import StepInputs
 from intarsia.search.journal import open_journal
@@ -71,20 +72,21 @@ def export_inputs(subject: subjects.Subject, program: Program) -> tuple[Tensor, 
 
 
 def stepping(chosen: Chosen, graph: Graph, plan: Plan | None, subject: subjects.Subject) -> Chosen:
-    """The engine, built from ``graph``, as the model's sampler calls it; errors as of ``allocated.denoising``."""
+    """The engine, built from ``graph``, as the model's sampler calls it; errors as of ``looped.looped``."""
     sampler = subject.model.sampler if subject.model else None
-    return replace(chosen, engine=denoising(chosen.engine, graph, plan, sampler, subject.program.graph))
+    return replace(chosen, engine=looped(chosen.engine, graph, plan, sampler, subject.program.graph))
 
 
 def bundle_denoising(bundle: Bundle, engine: Engine) -> tuple[Engine, Graph]:
     """A bundle's engine as its sampler calls it, and the graph whose inputs it takes.
 
     Raises:
-        UsageError: The engine computes active tokens, and the model that would say how tokens lie is not registered.
+        UsageError: A pass puts something around the engine, and the model that has the loop is not registered.
     """
-    if StepInputs.of(bundle.graph) is None:
+    pass_ = around(bundle.plan)
+    if pass_ is None:
         return engine, bundle.graph
     if bundle.sampler is None or subjects.registered(bundle.graph.name) is None:
-        raise UsageError(f"{bundle.folder}: active tokens of {bundle.graph.name} need its registered model and sampler")
+        raise UsageError(f"{bundle.folder}: {pass_} of {bundle.graph.name} needs its registered model and sampler")
     graph = subjects.resolve(bundle.graph.name, meta=True).program.graph
-    return denoising(engine, bundle.graph, bundle.plan, FlowMatchEuler.from_json(bundle.sampler), graph), graph
+    return looped(engine, bundle.graph, bundle.plan, FlowMatchEuler.from_json(bundle.sampler), graph), graph

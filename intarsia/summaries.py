@@ -58,10 +58,15 @@ def inspected(facts: Mapping[str, Any]) -> Lines:
     """What ``inspection.inspect`` found, for a person."""
     if facts["kind"] == "plan":
         return _plan(facts)
+    if "segments" in facts:
+        lines: list[str | Table] = [*_graph(facts)]
+        for number, segment in enumerate(facts["segments"]):
+            lines += ["", f"segment {number} of {len(facts['segments'])}, {_runs(segment)}", *_graph(segment)]
+        return lines
     if "phases" not in facts:
         return _graph(facts)
     ranges = tuple(StepRange.from_json(one) for one in facts["phases"])
-    lines: list[str | Table] = [title(ranges, 0), *_graph(facts)]
+    lines = [title(ranges, 0), *_graph(facts)]
     for phase, later in facts["later"].items():
         lines += ["", title(ranges, int(phase)), *_graph(later)]
     return lines
@@ -311,7 +316,8 @@ def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:
     if "engine" in measured and "eager" in measured:
         timing = _faster(measured["eager"]["seconds"], measured["engine"]["seconds"])
         lines.append(f"measured   {timing} on {measured['engine']['device']}")
-    lines += _phases(predicted, "predicted") + _phases(measured.get("engine", {}), "measured")
+    lines += _phases(predicted, "predicted") + _segments(predicted, "predicted")
+    lines += _phases(measured.get("engine", {}), "measured") + _segments(measured.get("engine", {}), "measured")
     quality = manifest["quality"]
     lines += _metrics(quality.get("metrics", {}), _bounds(str(quality.get("goal") or "")))
     return facts, [*lines, *_arithmetic(in_float), f"report     {facts['report']}"]
@@ -350,6 +356,7 @@ def timed(facts: Mapping[str, Any]) -> Lines:
         f"{facts['what']}: {duration(facts['seconds'])} a call, {spread}, {facts['repeats']} calls; {facts['device']}",
         f"engine     {facts['why']}",
         *_phases(facts, "measured"),
+        *_segments(facts, "measured"),
     ]
 
 
@@ -369,6 +376,18 @@ def _phases(facts: Mapping[str, Any], how: str) -> list[str]:
             kinds[one["seconds"]] = kinds.get(one["seconds"], 0) + one["last"] - one["first"] + 1
         lines = [f"steps      {count}: {duration(seconds)} a call, {how}" for seconds, count in kinds.items()]
     return [*lines, f"loop       {duration(facts['loop_seconds'])}, {how}"] if each else []
+
+
+def _segments(facts: Mapping[str, Any], how: str) -> list[str]:
+    """Seconds of each segment of a step, a line each; nothing where a step is of one piece."""
+    return [
+        f"segment {number}  {duration(one['seconds'])} {_runs(one)}, {how}"
+        for number, one in enumerate(facts.get("segments", ()))
+    ]
+
+
+def _runs(segment: Mapping[str, Any]) -> str:
+    return "once for each prompt" if segment["once"] else "at every step"
 
 
 def _arithmetic(in_float: Sequence[str] | None) -> list[str]:

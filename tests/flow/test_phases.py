@@ -26,6 +26,7 @@ from intarsia.ir.errors import PlanError, QualityError, UsageError
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import materialize
 from intarsia.ir.target import load_target
+from intarsia.looped import timing_of
 from intarsia.models import wan
 from intarsia.models.base import Model
 from intarsia.models.sampler import FlowMatchEuler, noise
@@ -67,6 +68,7 @@ def _small() -> Iterator[None]:
         patch.setattr(wan, "wan_mini", first_block)
         patch.setitem(subjects.SAMPLES, "quick", {"calibration": 1, "validation": 1, "held-out": 2})  # type: ignore[arg-type]
         patch.setattr("intarsia.evidence.bench_loop", partial(bench_loop, repeats=2))
+        patch.setattr("intarsia.evidence.timing_of", partial(timing_of, repeats=2))
         yield
 
 
