@@ -270,7 +270,10 @@ class _Import:
         if result is None or result == ():
             return  # an assertion: it defines nothing
         op = name_of(fx.target)
-        base = ".".join(filter(None, (_scope(fx), op.split(".")[1].strip("_"))))
+        if op == _NORM and all(user.args[1] == 0 for user in fx.users):
+            self._norm(fx, result[0])
+            return
+        base = ".".join(filter(None, (_scope(fx), _word(fx, op))))
         if isinstance(result, list | tuple):
             outputs = tuple(Value(self._fresh(f"{base}.{i}"), self._type(item)) for i, item in enumerate(result))
             for user in fx.users:
@@ -279,6 +282,14 @@ class _Import:
             outputs = (Value(self._fresh(base), self._type(result)),)
             self.names[fx] = outputs[0].name
         self.nodes.append(Node(*self._bound(op, fx), outputs, _source(fx)))
+
+    def _norm(self, fx: torch.fx.Node, result: object) -> None:
+        """A batch norm whose statistics nobody uses gives its result alone: their shape depends on the device."""
+        value = Value(self._fresh(".".join(filter(None, (_scope(fx), "batch_norm")))), self._type(result))
+        self.names |= dict.fromkeys(fx.users, value.name)
+        args = {**self._bound(_NORM, fx)[1], "training": False, "cudnn_enabled": True}
+        keys = [argument.name for argument in torch.ops.aten.batch_norm.default._schema.arguments]
+        self.nodes.append(Node("aten.batch_norm", {key: args[key] for key in keys}, (value,), _source(fx)))
 
     def _bound(self, op: str, fx: torch.fx.Node) -> tuple[str, dict[str, Arg]]:
         """The operator and its arguments by name; a graph has no device, it runs where its inputs are."""
@@ -351,6 +362,24 @@ class _Import:
         yield from self.inputs
         for node in self.nodes:
             yield from node.outputs
+
+
+_NORM = "aten._native_batch_norm_legit_no_training"
+
+_VIEW = torch.ops.aten._unsafe_view.default
+
+
+def _word(fx: torch.fx.Node, op: str) -> str:
+    """What a call is named after.
+
+    Whether a reshape has to copy depends on the device that a model is traced on; its result is a view by name, and the
+    copy is called after it, so that traces with and without weights have the same names.
+    """
+    if fx.target is _VIEW:
+        return "view"
+    if op == "aten.clone" and [user.target for user in fx.users] == [_VIEW]:
+        return "view.clone"
+    return op.split(".")[1].strip("_")
 
 
 def _deviceless(op: str) -> str:

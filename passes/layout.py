@@ -142,6 +142,11 @@ def _combine(node: Node, known: Layouts) -> frozenset[Order] | None:
     return _rows(node) if all(is_contiguous(name, known) for name in node.inputs) else None
 
 
+def _cat(node: Node, known: Layouts) -> frozenset[Order] | None:
+    """By rows if all operands lie so, or if there are too few axes for a channels-last result."""
+    return _rows(node) if len(node.type.shape) < 4 else _combine(node, known)
+
+
 def _stack(node: Node, known: Layouts) -> frozenset[Order] | None:
     """By rows if the stacked axis is the last: then no input can make ``stack`` choose a channels-last result."""
     return _rows(node) if node.args.get("dim", 0) in (-1, len(node.type.shape) - 1) else None
@@ -174,6 +179,7 @@ _RULES: Mapping[str, Callable[[Node, Layouts], frozenset[Order] | None]] = {
     "aten.permute": _permute,
     "aten.scaled_dot_product_attention": _attention,
     **dict.fromkeys(("intarsia.attention", "intarsia.block_sparse_attention"), lambda node, known: TOKENS_FIRST),
+    "aten.cat": _cat,
     "aten.stack": _stack,
 }
 """What is known of a call's result, by operator."""

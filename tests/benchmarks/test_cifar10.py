@@ -76,5 +76,5 @@ def _eights(chosen: Mapping[str, str], block: str) -> int:
 
 def _agree(chosen: Mapping[str, str]) -> bool:
     """A shortcut has the bits of the convolution beside it, which reads the same value."""
-    rest = "native_batch_norm_legit_no_training.0"
+    rest = "batch_norm"
     return all(chosen[f"blocks.{n}.norm1.{rest}"] == chosen[f"blocks.{n}.shortcut.1.{rest}"] for n in (3, 6))
