@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from intarsia.backends.base import Engine
 from intarsia.backends.by_step import TIMESTEP
-from intarsia.backends.segmented import Segment
-from intarsia.ir.errors import UsageError
+from intarsia.backends.runner import Timing, bench
+from intarsia.backends.segmented import Segment, SegmentedEngine
+from intarsia.ir.errors import PlanError, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
 from intarsia.models.sampler import FlowMatchEuler
@@ -29,6 +31,35 @@ def rule_of(plan: Plan | None) -> StepCaching | None:
             assert isinstance(made, StepCaching)
             return made
     return None
+
+
+def caching(
+    engine: Engine, graph: Graph, plan: Plan | None, sampler: FlowMatchEuler | None, model: Graph
+) -> CachedEngine:
+    """The engine of a plan that names a rule, as a sampler calls it.
+
+    Args:
+        engine: Of the segments that the rule cut.
+        graph: What they are parts of.
+        model: The graph that the plan was made for.
+
+    Raises:
+        PlanError: The model has no loop.
+    """
+    rule = rule_of(plan)
+    assert rule is not None
+    assert isinstance(engine, SegmentedEngine)
+    if sampler is None:
+        raise PlanError(f"{graph.name}: {rule.name} needs the sampler's steps, and the model has no sampler")
+    return CachedEngine(engine, rule, sampler)
+
+
+def segment_timings(engine: SegmentedEngine, inputs: Sequence[Tensor], *, repeats: int = 20) -> tuple[Timing, ...]:
+    """What a call of each segment takes, one after the other; ``inputs`` are those of the whole."""
+    return tuple(
+        bench(segment.engine, engine.inputs_of(number, *inputs), repeats=repeats, warmup=1)
+        for number, segment in enumerate(engine.segments)
+    )
 
 
 def relative_change(now: Tensor, before: Tensor) -> float:
@@ -88,14 +119,13 @@ class Watch:
 
 @dataclass
 class CachedEngine(Engine):
-    """A loop's network: tensors in the whole graph's input order in, its outputs out.
+    """A loop's network: tensors in the model's own input order in, its outputs out.
 
     It remembers: the first step of a loop starts it anew, and every other one has to follow the one before. A step that
     is not computed gives the head the stream as it is, and what the blocks added to it at the last computed step.
 
     Attributes:
-        segments: The three that the rule cut, with their engines.
-        graph: The whole.
+        engine: Of the three segments that the rule cut.
         rule: Decides which steps are computed.
         sampler: Of the loop.
         watch: What the last loop computed.
@@ -105,8 +135,7 @@ class CachedEngine(Engine):
         UsageError: The sampler's steps are fewer than the rule always computes.
     """
 
-    segments: tuple[Segment, ...]
-    graph: Graph
+    engine: SegmentedEngine
     rule: StepCaching
     sampler: FlowMatchEuler
     watch: Watch = field(init=False)
@@ -115,7 +144,7 @@ class CachedEngine(Engine):
     def __post_init__(self) -> None:
         self.watch = Watch(self.rule, self.sampler.steps)
         self._timesteps = torch.tensor(self.sampler.timesteps())
-        self._at = [value.name for value in self.graph.inputs].index(TIMESTEP)
+        self._at = [value.name for value in self.engine.graph.inputs].index(TIMESTEP)
         self._added = torch.empty(0)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -129,8 +158,8 @@ class CachedEngine(Engine):
                 f"{self.rule.name}: step {step} follows step {len(self.watch.computed) - 1}; what is reused needs "
                 "every step in its turn, one sample after the other"
             )
-        before, blocks, head = self.segments
-        table = dict(zip((value.name for value in self.graph.inputs), inputs, strict=True))
+        before, blocks, head = self.engine.segments
+        table = dict(zip((value.name for value in self.engine.graph.inputs), inputs, strict=True))
         _run(before, table)
         signal, stream = (table[name] for name in before.graph.outputs[:2])
         (behind,) = blocks.graph.outputs
@@ -140,12 +169,12 @@ class CachedEngine(Engine):
         else:
             table[behind] = stream + self._added
         _run(head, table)
-        return tuple(table[name] for name in self.graph.outputs)
+        return tuple(table[name] for name in self.engine.graph.outputs)
 
     @property
     def device(self) -> str:
-        """What it ran on, each device once."""
-        return "; ".join(dict.fromkeys(segment.engine.device for segment in self.segments))
+        """What it ran on."""
+        return self.engine.device
 
 
 def _run(segment: Segment, table: dict[str, Tensor]) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from torch import Tensor
 
 from intarsia.allocated import AllocatedEngine, grid_of, step_inputs
 from intarsia.backends.base import Engine, find_backend
 from intarsia.backends.runner import bench
+from intarsia.backends.segmented import Segment, SegmentedEngine
+from intarsia.cached import CachedEngine, segment_timings
 from intarsia.evidence import sample_inputs
 from intarsia.ir.errors import UsageError
 from intarsia.ir.graph import Graph
@@ -21,10 +24,13 @@ from intarsia.models.sampler import FlowMatchEuler
 from intarsia.passes.active_inputs import StepInputs
 from intarsia.passes.active_tokens import ActiveTokens
 from intarsia.passes.apply import run_passes
+from intarsia.passes.step_caching import StepCaching, TeaCache
+from intarsia.search.progress import Silent
 from intarsia.search.roofline import predict
 from intarsia.search.step_memory import require_room
-from intarsia.search.step_space import Policy
-from intarsia.search.workload import Run
+from intarsia.search.step_space import Allocated, CachedSeconds
+from intarsia.search.workload import Run, Workload
+from intarsia.signal_fit import Recorded
 from intarsia.subject import Subject
 
 BACKEND = "onnx"
@@ -58,6 +64,12 @@ class StepBench:
         self.grid = grid_of(self.subject.program.graph)
         self._folder = TemporaryDirectory(prefix="intarsia-")
         self._engines: dict[str, tuple[Graph, Engine]] = {}
+        self._cut: dict[type[StepCaching], SegmentedEngine] = {}
+        self._cached_seconds: dict[type[StepCaching], CachedSeconds] = {}
+
+    def dense_seconds(self) -> float:
+        """What a call of the unchanged network takes."""
+        return self._dense_seconds
 
     def seconds(self, caches: str, share: float) -> float:
         """What a call takes that computes a share of the tokens; 0 for share 0."""
@@ -71,10 +83,51 @@ class StepBench:
         """The unchanged network."""
         return self._dense
 
-    def policy(self, policy: Policy) -> Run:
+    def allocated(self, policy: Allocated) -> AllocatedEngine:
         """The network of a policy."""
         graph, engine = self._engine(policy.caches)
         return AllocatedEngine(engine, graph, policy.allocation, self.sampler, self.grid)
+
+    def cached_seconds(self, kind: type[StepCaching]) -> CachedSeconds:
+        """What steps of a caching rule take; Unsupported if the network cannot be cut for it."""
+        if kind not in self._cached_seconds:
+            before, blocks, head = self._segment_seconds(kind)
+            self._cached_seconds[kind] = CachedSeconds(before + blocks + head, before + head)
+        return self._cached_seconds[kind]
+
+    def cached(self, rule: StepCaching) -> CachedEngine:
+        """The network of a caching rule; Unsupported if it cannot be cut for it."""
+        return CachedEngine(self._segments(type(rule)), rule, self.sampler)
+
+    def coefficients(self, workload: Workload) -> tuple[float, ...]:
+        """TeaCache's polynomial for this network, from its dense loop on calibration noise."""
+        recorded = Recorded(self.cached(TeaCache(threshold=0.0)))
+        workload.outputs(recorded, "calibration", Silent())
+        return recorded.coefficients()
+
+    @cached_property
+    def _own(self) -> tuple[Tensor, ...]:
+        """The model's own inputs of a call."""
+        return sample_inputs(self.subject) or example_inputs(self.subject.program.graph)
+
+    @cached_property
+    def _dense_seconds(self) -> float:
+        if self.target.kind != "cpu":
+            return predict(self.subject.program.graph, self.target).seconds
+        return bench(self._dense, self._own, repeats=self.repeats, warmup=1).seconds
+
+    def _segment_seconds(self, kind: type[StepCaching]) -> list[float]:
+        if self.target.kind != "cpu":
+            return [predict(one, self.target).seconds for one in kind().split(self.subject.program.graph)]
+        timings = segment_timings(self._segments(kind), self._own, repeats=self.repeats)
+        return [one.seconds for one in timings]
+
+    def _segments(self, kind: type[StepCaching]) -> SegmentedEngine:
+        if kind not in self._cut:
+            graph = self.subject.program.graph
+            built = (Segment(one, self._built(one, f"{kind.name}.{n}")) for n, one in enumerate(kind().split(graph)))
+            self._cut[kind] = SegmentedEngine(tuple(built), graph)
+        return self._cut[kind]
 
     @cached_property
     def _dense(self) -> Engine:
@@ -96,7 +149,8 @@ class StepBench:
         ready = run_passes(backend.passes, graph, self.target)
         folder = Path(self._folder.name) / name
         folder.mkdir()
-        built = backend.build(materialize(Program(ready, self.subject.program.weights)), self.target, folder)
+        weights = {param.name: self.subject.program.weights[param.name] for param in ready.params}
+        built = backend.build(materialize(Program(ready, weights)), self.target, folder)
         return backend.load(folder, built.files)
 
     def _call_seconds(self, caches: str, count: int) -> float:
@@ -106,5 +160,4 @@ class StepBench:
             assert found is not None
             return predict(graph, self.target, {found.size: count}).seconds
         graph, engine = self._engine(caches)
-        own = sample_inputs(self.subject) or example_inputs(self.subject.program.graph)
-        return bench(engine, step_inputs(graph, own, count), repeats=self.repeats, warmup=1).seconds
+        return bench(engine, step_inputs(graph, self._own, count), repeats=self.repeats, warmup=1).seconds

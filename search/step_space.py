@@ -1,19 +1,27 @@
-"""The policies of a loop's steps that a search weighs: which tokens are computed when, for a share of the time."""
+"""The policies of a loop's steps that a search weighs: what is computed when, for a share of the time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from math import sqrt
 
 from intarsia.ir.allocation import Allocation
 from intarsia.ir.spec import Spec
+from intarsia.passes.step_caching import FirstBlockCache, StepCaching, TeaCache
 
 WARM_UPS, TAILS = (2, 3, 4), (0, 1, 2, 3)
 
 WHOLE = "whole steps"
 TOKENS = "tokens"
+
+ENDS = ((1, 1), (3, 1), (1, 3))
+"""First and last steps that caching rules always compute, for each of which a threshold is looked for."""
+
+TRIES = 8
+"""Thresholds that are tried for each; behind the last few the steps that are computed hardly differ."""
 
 GROUPS: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...] = (
     ((1, 2), (1.0,)),
@@ -33,8 +41,8 @@ GROUPS: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...] = (
 
 
 @dataclass(frozen=True)
-class Policy:
-    """What a loop computes at its steps.
+class Allocated:
+    """Which tokens a loop computes at its steps.
 
     Attributes:
         allocation: Which tokens are computed when.
@@ -56,17 +64,37 @@ class Policy:
         return str(Spec("active-tokens", args if self.caches == "held" else {"caches": self.caches, **args}))
 
 
+@dataclass(frozen=True)
+class Cached:
+    """Whole steps that skip blocks where a rule, which looks at the data, says so."""
+
+    rule: StepCaching
+
+    @property
+    def kind(self) -> str:
+        """The name of the rule's pass."""
+        return self.rule.name
+
+    @property
+    def notation(self) -> str:
+        """The pass that computes so."""
+        return str(self.rule)
+
+
+Policy = Allocated | Cached
+
+
 Seconds = Callable[[str, float], float]
 """What a call takes that computes a share of the tokens, 0 to 1, with caches held or moved on; 0 for share 0."""
 
 
-def loop_seconds(policy: Policy, steps: int, seconds: Seconds) -> float:
+def loop_seconds(policy: Allocated, steps: int, seconds: Seconds) -> float:
     """What all calls of a loop take."""
     return sum(seconds(policy.caches, share) for share in policy.allocation.shares_by_step(steps))
 
 
-def space(steps: int, limit: float, seconds: Seconds, *, held: bool = False) -> list[Policy]:
-    """Policies that take at most ``limit`` seconds for a loop, each nearly all of it.
+def space(steps: int, limit: float, seconds: Seconds, *, held: bool = False) -> list[Allocated]:
+    """Policies that take at most ``limit`` seconds for a loop, each nearly all of it, whatever the data.
 
     Every other step, every third and so on, for all tokens, evenly or with whole steps at either end; and groups of
     tokens whose shares are as large as the time allows.
@@ -85,7 +113,63 @@ def space(steps: int, limit: float, seconds: Seconds, *, held: bool = False) -> 
     return [policy for policy, taken in kept.items() if taken >= 0.8 * most[policy.kind]]
 
 
-def _computed(policy: Policy, steps: int) -> tuple[object, ...]:
+def quickest(steps: int, seconds: Seconds) -> float:
+    """Seconds of the loop that computes least, which is one whole step."""
+    return min(loop_seconds(policy, steps, seconds) for policy in _evenly(steps))
+
+
+@dataclass(frozen=True)
+class CachedSeconds:
+    """What a step takes, in seconds, that runs all segments of a caching rule, and one that skips the blocks."""
+
+    computed: float
+    skipped: float
+
+    def loop(self, steps: int, share: float) -> float:
+        """Of a loop that computes this share of its steps."""
+        return steps * (share * self.computed + (1 - share) * self.skipped)
+
+
+def rules(steps: int, limit: float, seconds: CachedSeconds, kind: type[StepCaching]) -> Iterator[StepCaching]:
+    """Rules of a kind whose first and last steps leave time, one for each number of both; thresholds are to be found.
+
+    Args:
+        limit: Seconds that a loop may take.
+    """
+    for warm_up, tail in ENDS:
+        if warm_up + tail <= steps and seconds.loop(steps, (warm_up + tail) / steps) <= limit:
+            yield kind(warm_up=warm_up, tail=tail)
+
+
+def threshold(taken: Callable[[float], float], limit: float, *, first: float, tries: int = TRIES) -> float | None:
+    """The least threshold found whose loop takes at most ``limit`` seconds.
+
+    Found by bisection on a scale of factors: a loop is expected to take less time the higher its threshold is.
+
+    Args:
+        taken: Seconds of a loop by threshold, measured.
+        first: Where to begin.
+        tries: Thresholds that are measured at most.
+
+    Returns:
+        None where no threshold that was tried keeps the limit.
+    """
+    low, high, found = 0.0, 0.0, first
+    for _ in range(tries):
+        seconds = taken(found)
+        low, high = (low, found) if seconds <= limit else (found, high)
+        if 0.97 * limit <= seconds <= limit:
+            break
+        between = high / 4 if not low else low * 4 if not high else sqrt(low * high)
+        found = float(f"{between:.3g}")
+    return high or None
+
+
+KINDS: Sequence[type[StepCaching]] = (TeaCache, FirstBlockCache)
+"""Caching rules that are in the space."""
+
+
+def _computed(policy: Allocated, steps: int) -> tuple[object, ...]:
     """What tells policies apart that a loop of so many steps can tell apart."""
     allocation = policy.allocation
     return (
@@ -97,20 +181,20 @@ def _computed(policy: Policy, steps: int) -> tuple[object, ...]:
     )
 
 
-def _evenly(steps: int) -> Iterator[Policy]:
+def _evenly(steps: int) -> Iterator[Allocated]:
     """Fewer steps: Euler's method on every d-th noise level, where that ends with the loop."""
     for divisor in range(1, steps + 1):
         if steps % divisor == 0:
-            yield Policy(Allocation(1, 0, (1.0,), (divisor,)))
+            yield Allocated(Allocation(1, 0, (1.0,), (divisor,)))
 
 
-def _windows(steps: int, *, held: bool) -> Iterator[Policy]:
+def _windows(steps: int, *, held: bool) -> Iterator[Allocated]:
     for warm_up, tail, divisor in product((1, *WARM_UPS), TAILS, range(2, steps // 2 + 1)):
         if warm_up + tail < steps:
-            yield Policy(Allocation(warm_up, tail, (1.0,), (divisor,), velocity="held" if held else "linear"))
+            yield Allocated(Allocation(warm_up, tail, (1.0,), (divisor,), velocity="held" if held else "linear"))
 
 
-def _grouped(steps: int, limit: float, seconds: Seconds, *, held: bool) -> Iterator[Policy]:
+def _grouped(steps: int, limit: float, seconds: Seconds, *, held: bool) -> Iterator[Allocated]:
     for warm_up, tail, (divisors, rest) in product(WARM_UPS, TAILS, GROUPS):
         if warm_up + tail >= steps:
             continue
@@ -122,14 +206,14 @@ def _grouped(steps: int, limit: float, seconds: Seconds, *, held: bool) -> Itera
 
 def _policy(  # noqa: PLR0917 - bound one after the other
     warm_up: int, tail: int, divisors: tuple[int, ...], rest: tuple[float, ...], moved: str, first: float
-) -> Policy:
+) -> Allocated:
     """The policy whose first group has the share ``first``, the others parts of what that leaves."""
     shares = [round(first, 3), *(round((1 - first) * part, 3) for part in rest[:-1])]
     shares.append(round(1 - sum(shares), 3))
-    return Policy(Allocation(warm_up, tail, tuple(shares), divisors, velocity=moved), moved)
+    return Allocated(Allocation(warm_up, tail, tuple(shares), divisors, velocity=moved), moved)
 
 
-def _largest(policy: Callable[[float], Policy], steps: int, limit: float, seconds: Seconds) -> Policy | None:
+def _largest(policy: Callable[[float], Allocated], steps: int, limit: float, seconds: Seconds) -> Allocated | None:
     """The policy of the largest first group that keeps the limit; None where none of 2 to 98 % just does."""
     low, high = 0.02, 0.98
     if loop_seconds(policy(low), steps, seconds) > limit or loop_seconds(policy(high), steps, seconds) < limit:

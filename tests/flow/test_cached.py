@@ -11,7 +11,7 @@ from torch import Tensor
 from intarsia.backends.base import Engine
 from intarsia.backends.null import NullEngine
 from intarsia.backends.runner import denoiser
-from intarsia.backends.segmented import Segment
+from intarsia.backends.segmented import Segment, SegmentedEngine
 from intarsia.cached import CachedEngine, Watch, relative_change, rule_of
 from intarsia.ir.errors import UsageError
 from intarsia.ir.graph import Graph
@@ -51,7 +51,7 @@ def cached(program: Program, rule: StepCaching) -> CachedEngine:
     graphs = rule.split(program.graph)
     parts = [Program(one, {param.name: program.weights[param.name] for param in one.params}) for one in graphs]
     segments = tuple(Segment(part.graph, Counted(part)) for part in parts)
-    return CachedEngine(segments, program.graph, rule, SAMPLER)
+    return CachedEngine(SegmentedEngine(segments, program.graph), rule, SAMPLER)
 
 
 def sample(engine: Engine, graph: Graph) -> Tensor:
@@ -59,7 +59,7 @@ def sample(engine: Engine, graph: Graph) -> Tensor:
 
 
 def calls(engine: CachedEngine) -> list[list[tuple[Tensor, ...]]]:
-    return [segment.engine.calls for segment in engine.segments]  # type: ignore[attr-defined]
+    return [segment.engine.calls for segment in engine.engine.segments]  # type: ignore[attr-defined]
 
 
 KINDS = [TeaCache, FirstBlockCache]
@@ -87,10 +87,10 @@ def test_a_threshold_out_of_reach_computes_the_first_and_the_last_steps_alone(
 def test_a_skipped_step_adds_what_the_blocks_added_last(kind: type[StepCaching], small: Program) -> None:
     engine = cached(small, kind(threshold=1e9, warm_up=1, tail=0))
     velocity = sample(engine, small.graph)
-    before, _, head = engine.segments
+    before, _, head = engine.engine.segments
     given, _, heads = calls(engine)
     streams = [before.engine(*inputs)[1] for inputs in [*given]]
-    at = [value.name for value in head.graph.inputs].index(engine.segments[1].graph.outputs[0])
+    at = [value.name for value in head.graph.inputs].index(engine.engine.segments[1].graph.outputs[0])
     added = heads[0][at] - streams[0]
     for stream, inputs in zip(streams[1:], heads[1:], strict=True):
         assert torch.equal(inputs[at], stream + added)
