@@ -7,6 +7,7 @@
     sampler.json         the denoising loop around the engine, where there is one
     sample.safetensors   inputs, what the engine answered, what the reference answered
     frames.png           the reference's and the engine's videos side by side, where there are videos
+    steps.png steps.gif  which tokens each step computed, over a video, where steps differ in them
     config.json          the resolved configuration
     engine/<backend>/    what each backend wrote
     measurements.json    what a clock said
@@ -43,6 +44,7 @@ from intarsia.ir.program import Program
 PLAN = "plan.json"
 SAMPLER = "sampler.json"
 FRAMES = "frames.png"
+STEPS, STEPS_MOVING = "steps.png", "steps.gif"
 CONFIG = "config.json"
 
 PREFERENCE = ("tensorrt", "triton", "onnx", "tvm", "null")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from intarsia.backends import agreement
 from intarsia.backends.base import Engine
-from intarsia.backends.bundle import CONFIG, FRAMES, PLAN, SAMPLER, Bundle, Chosen, fingerprints, load_bundle
+from intarsia.backends.bundle import CONFIG, PLAN, SAMPLER, Bundle, Chosen, fingerprints, load_bundle
 from intarsia.backends.by_step import at_step
 from intarsia.backends.making import Build, Made, Planned, make_engines, preferred, require_every_support
 from intarsia.backends.manifest import (
@@ -65,12 +65,12 @@ class Evidence:
     Attributes:
         quality: Figures of held-out noise through the engine, with floor and interval; the same on every run.
         measurements: What a clock said: seconds, device, date; differs from run to run.
-        frames: A PNG picture of the reference's and the engine's videos.
+        pictures: Pictures by the names of their files, such as ``FRAMES``.
     """
 
     quality: Mapping[str, object] = field(default_factory=dict[str, object])
     measurements: Mapping[str, object] = field(default_factory=dict[str, object])
-    frames: bytes | None = None
+    pictures: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
 
 def write_bundle(
@@ -147,8 +147,8 @@ def write_bundle(
             table |= dict(zip(planned.program.graph.outputs, sample.reference, strict=True))
         say("measure engine")
         found = evidence(preferred(made)) if evidence is not None else Evidence()
-        if found.frames is not None:
-            (partial / FRAMES).write_bytes(found.frames)
+        for name, picture in found.pictures.items():
+            (partial / name).write_bytes(picture)
         (partial / MEASUREMENTS).write_text(canonical(sealed({"measured": plain(found.measurements), REPORT: None})))
         for path in partial.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors writes files that only their owner can read

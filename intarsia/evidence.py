@@ -10,7 +10,7 @@ from torch import Tensor
 
 from intarsia import subject as subjects
 from intarsia.backends.base import Engine
-from intarsia.backends.bundle import PLAN, SAMPLER, Bundle, Chosen
+from intarsia.backends.bundle import FRAMES, PLAN, SAMPLER, Bundle, Chosen
 from intarsia.backends.null import NullEngine
 from intarsia.backends.packing import Evidence
 from intarsia.backends.phases import StepRange, same_ranges, step_ranges, title
@@ -23,6 +23,7 @@ from intarsia.models.sampler import FlowMatchEuler
 from intarsia.search.progress import Progress
 from intarsia.search.quality import Goal, Quality, measure
 from intarsia.search.workload import Workload
+from intarsia.step_pictures import step_pictures
 from intarsia.subject import Subject
 
 SHEET_SAMPLES = 6
@@ -59,19 +60,19 @@ def evidence(
         )
     dense = NullEngine(materialize(subject.program))
     facts: dict[str, object] = {}
-    frames = None
+    pictures: dict[str, bytes] = {}
     if goal is not None or (changed and not chosen.on_reference):
         work = subjects.workload(subject, seed=seed, effort=effort, progress=progress, record=False)
         references = work.outputs(dense, "held-out", progress)
         ours = work.outputs(chosen.engine, "held-out", progress)
         facts = _quality(subject, chosen, measure(ours, references), goal, work)
-        frames = _frames(references, ours)
+        pictures = _pictures(references, ours, chosen.engine, subject)
     timings = (
         {}
         if chosen.on_reference
         else _timings(subject, chosen.engine, dense, phases=phases, seed=seed, progress=progress)
     )
-    return Evidence(facts, timings, frames)
+    return Evidence(facts, timings, pictures)
 
 
 def _quality(
@@ -93,11 +94,15 @@ def _quality(
     }
 
 
-def _frames(references: Tensor, ours: Tensor) -> bytes | None:
-    """The first videos side by side, where outputs (N, C, F, H, W) are videos."""
+def _pictures(references: Tensor, ours: Tensor, engine: Engine, subject: Subject) -> dict[str, bytes]:
+    """Where outputs (N, C, F, H, W) are videos, the first side by side, and of the last which tokens steps computed."""
     from intarsia.pictures import side_by_side
 
-    return side_by_side(references[:SHEET_SAMPLES], ours[:SHEET_SAMPLES]) if references.ndim == 5 else None
+    if references.ndim != 5:
+        return {}
+    found = {FRAMES: side_by_side(references[:SHEET_SAMPLES], ours[:SHEET_SAMPLES])}
+    sampler = subject.model.sampler if subject.model else None
+    return found | (step_pictures(engine, ours[-1], sampler) if sampler else {})
 
 
 def _timings(

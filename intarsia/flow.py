@@ -413,6 +413,8 @@ def run(
 ) -> tuple[list[Path], Chosen]:
     """Make ``count`` videos of each prompt: a GIF each, and a contact sheet of all; the files, and the engine taken.
 
+    Where steps compute some of the tokens there is a map and an animation of the last video's too.
+
     Args:
         engine: The backend whose engine runs; the preferred one of those that run here otherwise.
         reference: Where none runs here, run an engine's reference: the same files by other, slower means.
@@ -421,7 +423,9 @@ def run(
         UsageError: The bundle holds no sampler or its model knows no prompts.
         MissingEnvironment: No engine runs here.
     """
+    from intarsia.backends.writing import new_file
     from intarsia.pictures import write_videos
+    from intarsia.step_pictures import step_pictures
 
     progress = progress or Silent()
     bundle = load_bundle(folder)
@@ -432,10 +436,16 @@ def run(
     sampler = FlowMatchEuler.from_json(bundle.sampler)
     progress.start("videos", len(asked) * sampler.steps)
     chosen = bundle.choose(engine, reference=reference)
-    denoise = cast("Denoise", denoiser(*bundle_denoising(bundle, chosen.engine)))
+    looped, graph = bundle_denoising(bundle, chosen.engine)
+    denoise = cast("Denoise", denoiser(looped, graph))
     videos = subjects.sampled(denoise, bundle.graph, model, sampler, asked, seed=seed, progress=progress)
     progress.finish()
-    return write_videos(videos, asked, output), chosen
+    files = write_videos(videos, asked, output)
+    for name, picture in step_pictures(looped, videos[-1], sampler).items():
+        with new_file(output / name) as draft:
+            draft.write_bytes(picture)
+        files.append(output / name)
+    return files, chosen
 
 
 def bench(

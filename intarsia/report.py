@@ -61,6 +61,36 @@ class File:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture with its heading, what it shows (for those who cannot see it), a caption, and itself as a URI."""
+
+    title: str
+    alternative: str
+    caption: str
+    uri: str
+
+
+PICTURES = {
+    "frames.png": (
+        "Frames",
+        "Frames of the reference's videos and of the engine's, from the same noise",
+        "Left what the unchanged model makes, right what the engine makes of the same noise and prompt.",
+    ),
+    "steps.png": (
+        "Steps of tokens",
+        "How many steps each token got, over a video, and which share of each frame's tokens each step computed",
+        "Of the last held-out video. Bright tokens got many steps; the chart tells which steps they were.",
+    ),
+    "steps.gif": (
+        "Step by step",
+        "The video, step by step; tokens that a step did not compute are veiled",
+        "The same video: at each step, tokens under a veil were not computed.",
+    ),
+}
+"""Heading, alternative and caption of a bundle's pictures, by file."""
+
+
+@dataclass(frozen=True)
 class PhaseRow:
     """A phase of the denoising loop: its steps, whose program it runs, and what a call of it takes."""
 
@@ -86,8 +116,7 @@ class Page:
     title: str
     verdict: str
     cards: tuple[Card, ...]
-    frames: str | None
-    frames_caption: str
+    pictures: tuple[Picture, ...]
     measured_on: str
     metrics: tuple[MetricRow, ...]
     bars: tuple[BarGroup, ...]
@@ -116,8 +145,7 @@ def page_of(folder: Path) -> Page:
         title=f"{model} for {target['name']}",
         verdict=_verdict(facts),
         cards=_cards(facts),
-        frames=_data_uri(facts.frames) if facts.frames else None,
-        frames_caption="Left what the unchanged model makes, right what the engine makes of the same noise and prompt.",
+        pictures=tuple(Picture(*PICTURES[name], _data_uri(name, data)) for name, data in facts.pictures.items()),
         measured_on=facts.measured_on,
         metrics=tuple(metric_row(name, values, facts.goal.get(name)) for name, values in facts.quality.items()),
         bars=bars(facts),
@@ -200,8 +228,8 @@ def _as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _data_uri(name: str, data: bytes) -> str:
+    return f"data:image/{Path(name).suffix[1:]};base64,{base64.b64encode(data).decode()}"
 
 
 def _verdict(facts: Facts) -> str:

@@ -29,7 +29,7 @@ class Facts:
     plan: Plan | None
     measured: Mapping[str, Any]
     config: Mapping[str, Any]
-    frames: bytes | None
+    pictures: Mapping[str, bytes]
 
     @property
     def quality(self) -> Mapping[str, Mapping[str, Any]]:
@@ -99,8 +99,9 @@ def read_facts(folder: Path) -> Facts:
     plan = Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None
     measurements = _object(folder, "measurements.json") if (folder / "measurements.json").is_file() else {}
     config = _object(folder, "config.json") if (folder / "config.json").is_file() else {}
-    frames = (folder / "frames.png").read_bytes() if (folder / "frames.png").is_file() else None
-    return Facts(folder, manifest, plan, measurements.get("measured", {}), config, frames)
+    names = ("frames.png", "steps.png", "steps.gif")
+    pictures = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    return Facts(folder, manifest, plan, measurements.get("measured", {}), config, pictures)
 
 
 def _object(folder: Path, name: str) -> Mapping[str, Any]:

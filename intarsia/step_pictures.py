@@ -12,6 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from intarsia.allocated import AllocatedEngine
+from intarsia.backends.base import Engine
+from intarsia.backends.bundle import STEPS, STEPS_MOVING
+from intarsia.cached import CachedEngine
+from intarsia.models.sampler import FlowMatchEuler
+
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
@@ -57,6 +63,28 @@ class StepTrace:
         for step, tokens in enumerate(self.active):
             made[step, list(tokens)] = True
         return made.reshape(-1, *self.extents)
+
+
+def step_pictures(engine: Engine, video: Tensor, sampler: FlowMatchEuler) -> dict[str, bytes]:
+    """The map and the animation of the last loop that an engine ran, by the names of their files.
+
+    None for an engine whose steps all compute everything.
+
+    Args:
+        video: What that loop made (3, F, H, W), in [-1, 1].
+    """
+    trace = _trace(engine)
+    if trace is None:
+        return {}
+    return {STEPS: step_map(video, trace), STEPS_MOVING: step_animation([video], trace, sampler.sigmas().tolist())}
+
+
+def _trace(engine: Engine) -> StepTrace | None:
+    if isinstance(engine, AllocatedEngine):
+        return StepTrace(engine.loop.active, engine.grid.extents)
+    if isinstance(engine, CachedEngine):
+        return StepTrace([(0,) if computed else () for computed in engine.watch.computed], (1, 1, 1))
+    return None
 
 
 def estimates(states: Sequence[Tensor], sigmas: Sequence[float]) -> list[Tensor]:

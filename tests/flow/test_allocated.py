@@ -28,6 +28,7 @@ from intarsia.models.sampler import TIMESTEPS, Conditioning, FlowMatchEuler, noi
 from intarsia.models.step_loop import TokenGrid, scores
 from intarsia.passes.active_inputs import StepInputs
 from intarsia.passes.active_tokens import ActiveTokens
+from intarsia.step_pictures import step_pictures
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TARGET = Target("null", "a machine for tests", "null", "none", {"f32": 1e12}, 1e11, 2**30, 1e-6)
@@ -342,3 +343,11 @@ def test_a_score_is_the_change_relative_to_what_was() -> None:
     around = scores(now, before, GRID, smooth=True)[0].reshape(4, 4, 4)
     assert around.count_nonzero() == 27
     assert around[1, 1, 2] == pytest.approx(1.5 / 27)
+
+
+def test_what_a_loop_computed_has_a_map_and_an_animation(held: Network, small: Program) -> None:
+    engine = held.engine(Allocation(warm_up=2, shares=(0.5, 0.5), divisors=(2, 4)))
+    video = SAMPLER.sample(denoiser(engine, held.model), START, CONDITIONING)[0, :1].expand(3, -1, -1, -1)
+    pictures = step_pictures(engine, video, SAMPLER)
+    assert {name: data[:3] for name, data in pictures.items()} == {"steps.png": b"\x89PN", "steps.gif": b"GIF"}
+    assert step_pictures(NullEngine(small), video, SAMPLER) == {}
