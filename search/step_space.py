@@ -141,8 +141,8 @@ def rules(steps: int, limit: float, seconds: CachedSeconds, kind: type[StepCachi
             yield kind(warm_up=warm_up, tail=tail)
 
 
-def threshold(taken: Callable[[float], float], limit: float, *, first: float, tries: int = TRIES) -> float | None:
-    """The least threshold found whose loop takes at most ``limit`` seconds.
+def thresholds(taken: Callable[[float], float], limit: float, *, first: float, tries: int = TRIES) -> tuple[float, ...]:
+    """Thresholds whose loops take at most ``limit`` seconds and most of it, in rising order; none if none was found.
 
     Found by bisection on a scale of factors: a loop is expected to take less time the higher its threshold is.
 
@@ -150,19 +150,20 @@ def threshold(taken: Callable[[float], float], limit: float, *, first: float, tr
         taken: Seconds of a loop by threshold, measured.
         first: Where to begin.
         tries: Thresholds that are measured at most.
-
-    Returns:
-        None where no threshold that was tried keeps the limit.
     """
-    low, high, found = 0.0, 0.0, first
+    low, high, value = 0.0, 0.0, first
+    kept: dict[float, float] = {}
     for _ in range(tries):
-        seconds = taken(found)
-        low, high = (low, found) if seconds <= limit else (found, high)
-        if 0.97 * limit <= seconds <= limit:
+        seconds = taken(value)
+        if seconds <= limit:
+            high, kept[value] = value, seconds
+        else:
+            low = value
+        if 0.97 * limit <= seconds <= limit or 0 < high < 1.05 * low:
             break
         between = high / 4 if not low else low * 4 if not high else sqrt(low * high)
-        found = float(f"{between:.3g}")
-    return high or None
+        value = float(f"{between:.3g}")
+    return tuple(sorted(value for value in kept if kept[value] >= 0.8 * max(kept.values())))
 
 
 KINDS: Sequence[type[StepCaching]] = (TeaCache, FirstBlockCache)

@@ -26,7 +26,7 @@ from intarsia.search.step_space import (
     quickest,
     rules,
     space,
-    threshold,
+    thresholds,
 )
 from intarsia.search.trials import Deadline, digits
 from intarsia.search.workload import Run, Split, Workload
@@ -162,7 +162,8 @@ class Study:
         self.progress.start("policies", len(policies))
         for policy in policies:
             predicted = loop_seconds(policy, self.bench.steps, self.bench.seconds) / dense
-            self._keep(Tried(policy, predicted, self._calibration(policy)))
+            self.tried.append(Tried(policy, predicted, self._calibration(policy)))
+            self._advance()
         for kind in () if self.how.held else KINDS:
             self._cached(kind, limit, dense)
         if not self.tried:
@@ -175,9 +176,9 @@ class Study:
             self.tried[number] = self._validated(self.tried[number])
             self.deadline.check()
 
-    def _keep(self, tried: Tried) -> None:
-        self.tried.append(tried)
-        self.progress.advance(note=f"best so far {max(one.calibration for one in self.tried):.1f} dB")
+    def _advance(self) -> None:
+        best = max((one.calibration for one in self.tried), default=None)
+        self.progress.advance(note="nothing so far" if best is None else f"best so far {best:.1f} dB")
         self.deadline.check()
 
     def _cached(self, kind: type[StepCaching], limit: float, dense: float) -> None:
@@ -196,12 +197,12 @@ class Study:
                 self.deadline.check()
                 return seconds.loop(self.bench.steps, self._watched(replace(rule, threshold=value))[1])
 
-            if (found := threshold(taken, limit, first=first)) is None:
-                continue
-            first = found
-            made = replace(rule, threshold=found)
-            calibration, share = self._watched(made)
-            self._keep(Tried(Cached(made), seconds.loop(self.bench.steps, share) / dense, calibration))
+            found = thresholds(taken, limit, first=first)
+            for made in (replace(rule, threshold=value) for value in found):
+                calibration, share = self._watched(made)
+                self.tried.append(Tried(Cached(made), seconds.loop(self.bench.steps, share) / dense, calibration))
+            first = found[0] if found else first
+            self._advance()
 
     def _rules(self, kind: type[StepCaching], limit: float, seconds: CachedSeconds) -> Iterator[StepCaching]:
         """Rules of a kind without thresholds: TeaCache as it is, and with the polynomial of this network."""

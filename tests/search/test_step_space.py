@@ -18,7 +18,7 @@ from intarsia.search.step_space import (
     quickest,
     rules,
     space,
-    threshold,
+    thresholds,
 )
 
 STEPS = 24
@@ -83,13 +83,16 @@ def test_bisection_finds_nearly_the_least_threshold_that_keeps_the_limit(first: 
         tried.append(value)
         return 10.0 / (1 + value)  # 5 at a threshold of 1
 
-    found = threshold(taken, 5.0, first=first, tries=12)
-    assert found is not None
-    assert 1.0 <= found <= 1.07
-    assert found in tried
-    assert len(tried) <= 12
+    least, *others = thresholds(taken, 5.0, first=first, tries=12)
+    assert 1.0 <= least <= 1.07
+    assert all(taken(value) >= 0.8 * taken(least) for value in others)
+    assert {least, *others} <= {*tried}
+    assert len({*tried}) <= 12
 
 
 def test_a_limit_that_no_threshold_keeps_gives_none() -> None:
-    assert threshold(lambda _: 10.0, 5.0, first=0.1) is None
-    assert threshold(lambda _: 1.0, 5.0, first=0.1, tries=3) == pytest.approx(0.1 / 16, rel=0.01)
+    assert thresholds(lambda _: 10.0, 5.0, first=0.1) == ()
+
+
+def test_a_limit_that_every_threshold_keeps_gives_those_that_were_tried() -> None:
+    assert thresholds(lambda _: 1.0, 5.0, first=0.1, tries=3) == (0.00625, 0.025, 0.1)
