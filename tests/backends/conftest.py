@@ -64,7 +64,7 @@ def bundle(tmp_path: Path, program: Program, plan: Plan, target: Target) -> Bund
         predicted={"seconds": 0.5},
         command="intarsia optimize two_layers -o out",
         config={"seed": 0},
-        evidence=lambda _: Evidence({"psnr": float("inf")}, {"seconds": 0.25}, b"a picture"),
+        evidence=lambda _: Evidence({"psnr": float("inf")}, {"seconds": 0.25}, {"frames.png": b"a picture"}),
     )
     return add_report(made, "<html>what was decided</html>")
 

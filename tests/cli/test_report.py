@@ -108,7 +108,7 @@ def test_a_bundle_without_plan_frames_or_quality_has_a_page_without_them(handmad
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "quality": {}, "predicted": {}}))
     page = page_of(folder)
-    assert (page.maps, page.trail, page.metrics, page.frames) == ((), None, (), None)
+    assert (page.maps, page.trail, page.metrics, page.pictures) == ((), None, (), ())
     assert "Engine on disk" in [card.label for card in page.cards]
     assert "Frames" not in write_report(folder, tmp_path / "page.html").read_text()
 
