@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from intarsia.backends.base import Engine
 from intarsia.backends.by_step import TIMESTEP
-from intarsia.backends.runner import Timing, bench
+from intarsia.backends.phases import StepRange
+from intarsia.backends.runner import LoopTiming, SegmentTiming, Timing, bench
 from intarsia.backends.segmented import Segment, SegmentedEngine
 from intarsia.ir.errors import PlanError, UsageError
 from intarsia.ir.graph import Graph
@@ -60,6 +62,42 @@ def segment_timings(engine: SegmentedEngine, inputs: Sequence[Tensor], *, repeat
         bench(segment.engine, engine.inputs_of(number, *inputs), repeats=repeats, warmup=1)
         for number, segment in enumerate(engine.segments)
     )
+
+
+def cached_loop_timing(engine: CachedEngine, inputs: Sequence[Tensor], *, repeats: int = 20) -> LoopTiming:
+    """How long the steps of a loop take that starts with ``inputs``; which of them are computed hangs on the data."""
+    before, blocks, head = timings = segment_timings(engine.engine, inputs, repeats=repeats)
+    calls = {True: _together(before, blocks, head), False: _together(before, head)}
+    timesteps = engine.sampler.timesteps()
+    ranges: list[StepRange] = []
+    for step, computed in enumerate(_computed(engine, inputs)):
+        if ranges and computed == (ranges[-1].program == 0):
+            ranges[-1] = replace(ranges[-1], last=step, timesteps=(ranges[-1].timesteps[0], timesteps[step]))
+        else:
+            ranges.append(StepRange(step, step, 0 if computed else 1, (timesteps[step], timesteps[step])))
+    each = tuple(calls[one.program == 0] for one in ranges)
+    return LoopTiming(tuple(ranges), each, tuple(SegmentTiming(one, once=False) for one in timings))
+
+
+def _computed(engine: CachedEngine, inputs: Sequence[Tensor]) -> Sequence[bool]:
+    """Which steps are computed of a loop whose rows start with ``inputs`` and follow each its own velocity."""
+    names = [value.name for value in engine.engine.graph.inputs]
+    state, *others = inputs
+    for (now, after), timestep in zip(
+        pairwise(engine.sampler.sigmas().tolist()), engine.sampler.timesteps(), strict=True
+    ):
+        rest = [
+            torch.full(tensor.shape, timestep).to(tensor.dtype) if name == TIMESTEP else tensor
+            for name, tensor in zip(names[1:], others, strict=True)
+        ]
+        state = state + (after - now) * engine(state, *rest)[0]
+    return engine.watch.computed
+
+
+def _together(*timings: Timing) -> Timing:
+    """Of calls one after the other: the sum of their medians, and of their quartiles."""
+    sums = {name: sum(getattr(one, name) for one in timings) for name in ("seconds", "low", "high")}
+    return Timing(sums["seconds"], sums["low"], sums["high"], timings[0].repeats, timings[0].device)
 
 
 def relative_change(now: Tensor, before: Tensor) -> float:

@@ -12,6 +12,7 @@ from intarsia.backends.base import Engine
 from intarsia.backends.phases import StepRange
 from intarsia.backends.runner import LoopTiming, SegmentTiming, bench, bench_loop
 from intarsia.backends.segmented import SegmentedEngine
+from intarsia.cached import CachedEngine, cached_loop_timing
 from intarsia.ir import registry
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Plan
@@ -20,7 +21,11 @@ from intarsia.models.sampler import FlowMatchEuler
 Around = Callable[[Engine, Graph, Plan | None, FlowMatchEuler | None, Graph], Engine]
 """What makes a sampler's network of an engine: the engine, its graph, the plan, the sampler, the model's graph."""
 
-AROUND: Mapping[str, str] = {"active-tokens": "intarsia.allocated:denoising"}
+AROUND: Mapping[str, str] = {
+    "active-tokens": "intarsia.allocated:denoising",
+    "first-block-cache": "intarsia.cached:caching",
+    "teacache": "intarsia.cached:caching",
+}
 """What a pass puts around the engine of a plan that it is in, by the pass's name; other passes put nothing.
 
 Of a graph that is cut into segments the engine is a ``SegmentedEngine``, whose ``segments`` can be run apart.
@@ -68,6 +73,8 @@ def timing_of(
         phases: Of the loop, where steps run programs of their own.
         sampler: Of the loop; None where steps are not known, and segments are timed alone.
     """
+    if isinstance(engine, CachedEngine):
+        return cached_loop_timing(engine, inputs, repeats=repeats)
     if isinstance(engine, AllocatedEngine):
         found, inner = loop_timing(engine, inputs, repeats=repeats), engine.engine
         inputs = step_inputs(engine.graph, inputs, engine.grid.count)

@@ -12,11 +12,12 @@ from intarsia.backends.base import Engine
 from intarsia.backends.null import NullEngine
 from intarsia.backends.runner import denoiser
 from intarsia.backends.segmented import Segment, SegmentedEngine
-from intarsia.cached import CachedEngine, Watch, relative_change, rule_of
-from intarsia.ir.errors import UsageError
+from intarsia.cached import CachedEngine, Watch, cached_loop_timing, relative_change, rule_of
+from intarsia.ir.errors import PlanError, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Phase, Plan, Step
-from intarsia.ir.program import Program
+from intarsia.ir.program import Program, example_inputs
+from intarsia.looped import looped
 from intarsia.models.sampler import Conditioning, FlowMatchEuler, noise
 from intarsia.passes.step_caching import FirstBlockCache, StepCaching, TeaCache
 
@@ -145,6 +146,27 @@ def test_a_second_sample_reuses_nothing_of_the_first(small: Program) -> None:
     assert len(engine.loops) == 2
     assert engine.loops[0] == engine.loops[1]
     assert 2 < sum(engine.loops[0]) < 12
+
+
+def test_steps_of_a_loop_are_timed_by_whether_they_were_computed(small: Program) -> None:
+    engine = cached(small, FirstBlockCache(threshold=1e9, warm_up=2, tail=3))
+    found = cached_loop_timing(engine, example_inputs(small.graph), repeats=2)
+    assert [(one.first, one.last) for one in found.phases] == [(0, 1), (2, 8), (9, 11)]
+    computed, skipped, again = found.calls
+    before, blocks, head = (one.timing.seconds for one in found.segments)
+    assert computed == again
+    assert computed.seconds == pytest.approx(before + blocks + head)
+    assert skipped.seconds == pytest.approx(before + head)
+
+
+def test_the_engine_of_a_plan_is_called_as_its_rule_says(small: Program) -> None:
+    plan = Plan("0" * 12, "null", (Phase((Step("teacache(threshold=0.2)"),)),))
+    segments = cached(small, TeaCache()).engine
+    engine = looped(segments, small.graph, plan, SAMPLER, small.graph)
+    assert isinstance(engine, CachedEngine)
+    assert (engine.rule, engine.engine) == (TeaCache(0.2), segments)
+    with pytest.raises(PlanError, match="small_video: teacache needs the sampler's steps"):
+        looped(segments, small.graph, plan, None, small.graph)
 
 
 def test_two_samples_at_once_are_refused(small: Program) -> None:
