@@ -17,6 +17,7 @@ from intarsia.backends.manifest import faults
 from intarsia.backends.segmented import SegmentedEngine
 from intarsia.backends.variant import Variant
 from intarsia.ir.errors import IntarsiaError, MissingEnvironment, QualityError
+from intarsia.ir.rewrite import drop_unused
 from intarsia.ir.verify import verify
 
 PASSED = "passed"
@@ -144,12 +145,13 @@ def _graph(variant: Variant) -> str:
 
 
 def _segments(bundle: Bundle) -> str:
-    """Segments that have every call of the whole graph, each once; calls of their own, such as signals, come on top."""
+    """Segments that have every call of the whole graph; a few are in several, and signals of caching come on top."""
     calls = Counter(node for variant in bundle.segments for node in variant.graph.nodes)
-    if missing := Counter(bundle.graph.nodes) - calls:
+    needed = drop_unused(bundle.graph).nodes
+    if missing := Counter(needed) - calls:
         raise QualityError(f"{bundle.folder}: %{next(iter(missing)).name} of {bundle.graph.name} is in no segment")
     counts = ", ".join(str(len(variant.graph.nodes)) for variant in bundle.segments)
-    return f"{counts} nodes, among them all {len(bundle.graph.nodes)} of the graph"
+    return f"{counts} nodes, among them all {len(needed)} of the graph"
 
 
 def _segment_of(chosen: Chosen, variant: Variant) -> Chosen:

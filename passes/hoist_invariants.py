@@ -12,6 +12,7 @@ from intarsia.ir.plan import Chosen
 from intarsia.ir.program import split_constant
 from intarsia.ir.segments import split
 from intarsia.ir.target import Target
+from intarsia.ir.types import TensorType
 from intarsia.passes.active_inputs import ACTIVE
 from intarsia.passes.base import Pass
 
@@ -54,9 +55,10 @@ class HoistInvariants(Pass):
             once, step = self.split(graph)
         except Unsupported as error:
             return {graph.name: str(error)}
-        counts = f"{len(once.nodes)} of {len(once.nodes) + len(step.nodes)} calls run once for each prompt"
-        known = {value.name for value in (*once.inputs, *once.params)} | {*once.values}
-        return {graph.name: f"no choice: {counts}"} | {
+        known, repeated = _known(graph, once), {node.name for node in step.nodes}
+        _, calls = split_constant(graph)
+        hoisted = sum(node.name not in repeated for node in calls)
+        return {graph.name: f"no choice: {hoisted} of {len(calls)} calls run once for each prompt"} | {
             node.name: f"no choice: {_told(node, known)}" for node in graph.nodes if _attends(node)
         }
 
@@ -93,6 +95,16 @@ class HoistInvariants(Pass):
 
 def _attends(node: Node) -> bool:
     return node.args.keys() >= {"query", "key", "value"}
+
+
+def _known(graph: Graph, once: Graph) -> set[str]:
+    """What follows from what runs once, but for shapes, which may be those of the sample."""
+    known = {*once.values, *(value.name for value in graph.params)}
+    for node in graph.nodes:
+        tensors = [name for name in node.inputs if isinstance(graph.values[name].type, TensorType)]
+        if tensors and known.issuperset(tensors):
+            known.update(value.name for value in node.outputs)
+    return known
 
 
 def _told(node: Node, known: set[str]) -> str:

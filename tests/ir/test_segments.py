@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from intarsia.ir.errors import Unsupported
 from intarsia.ir.execute import to_module
 from intarsia.ir.graph import Graph
 from intarsia.ir.segments import split
@@ -68,16 +67,30 @@ def test_late_what_one_stage_alone_uses_runs_there() -> None:
     assert [node.name for node in second.nodes] == ["keys", "z"]
 
 
-def test_a_number_cannot_go_from_one_segment_to_the_next() -> None:
-    sized = Graph.parse("""\
+SIZED = Graph.parse("""\
 graph sized {
   size N in [1, 8]
   input %x: f32[N, 4]
+  input %y: f32[N, 4]
+  param %w: f32[4]
+  %twice: f32[4] = aten.add.Tensor(self=%w, other=%w)
   %n: int = aten.sym_size.int(self=%x, dim=0)
-  %y: f32[N, 4] = aten.neg(self=%x)
-  %z: f32[4, N] = aten.view(self=%y, size=[4, %n])
+  %a: f32[N, 4] = aten.mul.Tensor(self=%x, other=%twice)
+  %b: f32[N, 4] = aten.mul.Tensor(self=%y, other=%twice)
+  %c: f32[N, 4] = aten.add.Tensor(self=%a, other=%b)
+  %z: f32[4, N] = aten.view(self=%c, size=[4, %n])
   return %z
 }
 """)
-    with pytest.raises(Unsupported, match="%n is a number of type int, and a cut would have to hand it on"):
-        split(sized, {"y": 1})
+
+
+def test_sizes_and_what_follows_from_weights_alone_are_computed_where_they_are_used() -> None:
+    before, after = split(SIZED, {"y": 1})
+    assert [node.name for node in before.nodes] == ["twice", "a"]
+    assert [node.name for node in after.nodes] == ["twice", "n", "b", "c", "z"]
+    assert before.outputs == ("a",)
+    assert [value.name for value in after.inputs] == ["x", "y", "a"]
+    x, y, w = torch.randn(3, 4), torch.randn(3, 4), torch.randn(4)
+    (middle,) = to_module(before, {"w": w})(x)
+    (found,) = to_module(after, {"w": w})(x, y, middle)
+    assert torch.equal(found, to_module(SIZED, {"w": w})(x, y)[0])

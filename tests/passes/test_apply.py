@@ -1,10 +1,10 @@
 import pytest
 
-from intarsia.ir.errors import PlanError, SpecError, UsageError
+from intarsia.ir.errors import PlanError, SpecError, Unsupported, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.target import Target
-from intarsia.passes.apply import apply
+from intarsia.passes.apply import apply, cutting, segments
 from intarsia.passes.quantize_linear import QuantizeLinear
 
 
@@ -55,3 +55,35 @@ def test_a_pass_that_does_not_exist_is_named(mlp: Graph, target: Target) -> None
 def test_an_argument_that_does_not_exist_is_named(mlp: Graph, target: Target) -> None:
     with pytest.raises(SpecError, match="quantize-linear: unknown key 'rows'; it takes min_rows"):
         apply(plan_for(mlp, Step("quantize-linear(rows=4)")), mlp, target)
+
+
+CUT = """graph cut {
+  input %x: f32[2, 4]
+  input %text: f32[3, 4]
+  param %w: f32[4, 4]
+  %k: f32[3, 4] = aten.linear(input=%text, weight=%w)
+  %y: f32[2, 3] = aten.linear(input=%x, weight=%k)
+  return %y
+}
+"""
+
+
+def test_segments_are_those_of_the_plan_s_pass_that_cuts(mlp: Graph) -> None:
+    graph = Graph.parse(CUT)
+    assert segments(plan_for(graph, Step("clean")), graph) == (graph,)
+    made = segments(plan_for(graph, Step("hoist-invariants"), Step("clean")), graph)
+    assert [[node.name for node in one.nodes] for one in made] == [["k"], ["y"]]
+    with pytest.raises(Unsupported, match="hoist-invariants: mlp multiplies no weight by what anything else tells"):
+        segments(plan_for(mlp, Step("hoist-invariants")), mlp)
+
+
+def test_one_pass_of_a_plan_cuts(mlp: Graph) -> None:
+    plan = plan_for(mlp, Step("hoist-invariants"), Step("clean"), Step("teacache"))
+    with pytest.raises(PlanError, match="plan: hoist-invariants and teacache cut a step into segments each; leave all"):
+        cutting(plan)
+
+
+def test_a_plan_with_phases_cuts_no_step(mlp: Graph) -> None:
+    phases = (Phase((Step("hoist-invariants"),), last=4), Phase((), first=5))
+    with pytest.raises(PlanError, match="hoist-invariants cuts a step into segments; give it one phase, not 2"):
+        cutting(Plan(mlp.fingerprint, "null", phases))
