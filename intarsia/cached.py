@@ -13,7 +13,7 @@ from torch import Tensor
 from intarsia.backends.base import Engine
 from intarsia.backends.by_step import TIMESTEP
 from intarsia.backends.phases import StepRange
-from intarsia.backends.runner import LoopTiming, SegmentTiming, Timing, bench
+from intarsia.backends.runner import LoopTiming, Timing, bench
 from intarsia.backends.segmented import Segment, SegmentedEngine
 from intarsia.ir.errors import PlanError, UsageError
 from intarsia.ir.graph import Graph
@@ -66,7 +66,7 @@ def segment_timings(engine: SegmentedEngine, inputs: Sequence[Tensor], *, repeat
 
 def cached_loop_timing(engine: CachedEngine, inputs: Sequence[Tensor], *, repeats: int = 20) -> LoopTiming:
     """How long the steps of a loop take that starts with ``inputs``; which of them are computed hangs on the data."""
-    before, blocks, head = timings = segment_timings(engine.engine, inputs, repeats=repeats)
+    before, blocks, head = segment_timings(engine.engine, inputs, repeats=repeats)
     calls = {True: _together(before, blocks, head), False: _together(before, head)}
     timesteps = engine.sampler.timesteps()
     ranges: list[StepRange] = []
@@ -76,7 +76,7 @@ def cached_loop_timing(engine: CachedEngine, inputs: Sequence[Tensor], *, repeat
         else:
             ranges.append(StepRange(step, step, 0 if computed else 1, (timesteps[step], timesteps[step])))
     each = tuple(calls[one.program == 0] for one in ranges)
-    return LoopTiming(tuple(ranges), each, tuple(SegmentTiming(one, once=False) for one in timings))
+    return LoopTiming(tuple(ranges), each)
 
 
 def _computed(engine: CachedEngine, inputs: Sequence[Tensor]) -> Sequence[bool]:

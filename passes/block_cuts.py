@@ -10,7 +10,8 @@ from intarsia.ir.graph import Graph, Node, Ref
 from intarsia.ir.types import TensorType
 from intarsia.passes.token_places import Place, TokenPlaces
 
-SUM = "aten.add.Tensor"
+SUMS = {"aten.add.Tensor": ("self", "other"), "intarsia.gated_residual": ("residual", "input")}
+"""Calls that may be residual sums, and the operands of which one is the stream."""
 
 CARRIES = frozenset(
     {
@@ -89,8 +90,8 @@ class _Stream:
 
     def _skip(self, node: Node) -> str | None:
         """Of a residual sum over the tokens, the operand from which the other was computed."""
-        left, right = node.args.get("self"), node.args.get("other")
-        if node.op != SUM or not isinstance(left, Ref) or not isinstance(right, Ref) or left == right:
+        left, right = (node.args.get(operand) for operand in SUMS.get(node.op, ("", "")))
+        if not isinstance(left, Ref) or not isinstance(right, Ref) or left == right:
             return None
         if not self._is_stream(node.name):
             return None

@@ -46,12 +46,14 @@ class StepCaching(Pass):
             raise ValueError("warm_up is 1 or more, for the first step has nothing to reuse; tail is 0 or more")
 
     def refusals(self, graph: Graph, target: Target) -> dict[str, str]:
-        """Where the graph cannot be cut so, the reason."""
+        """How many calls are skipped, about which there is no choice; of a graph that cannot be cut so, the reason."""
         try:
-            self.split(graph)
+            _, blocks, _ = self.split(graph)
         except Unsupported as error:
             return {graph.name: str(error)}
-        return {}
+        return {
+            graph.name: f"no choice: {len(blocks.nodes)} of {len(graph.nodes)} calls are skipped by steps that reuse"
+        }
 
     def run(self, graph: Graph, target: Target, chosen: Chosen) -> Graph:
         """The graph itself."""

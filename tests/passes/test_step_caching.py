@@ -16,6 +16,7 @@ from intarsia.ir.target import Target
 from intarsia.ir.verify import verify
 from intarsia.passes.base import find_pass
 from intarsia.passes.block_cuts import BlockCuts
+from intarsia.passes.fuse_kernels import FuseKernels
 from intarsia.passes.step_caching import FirstBlockCache, StepCaching, TeaCache
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -100,11 +101,21 @@ def test_the_first_segment_gives_the_signal_and_then_the_stream() -> None:
     assert first.producers["first_block"].args == {"self": Ref("blocks.0"), "other": Ref("tokens")}
 
 
-@pytest.mark.parametrize("pass_", [TeaCache(), FirstBlockCache()], ids=str)
-def test_the_graph_stays_as_it_is(pass_: StepCaching, target: Target) -> None:
+@pytest.mark.parametrize(("pass_", "skipped"), [(TeaCache(), 67), (FirstBlockCache(), 34)], ids=str)
+def test_the_graph_stays_as_it_is(pass_: StepCaching, skipped: int, target: Target) -> None:
     graph = Graph.parse(TEXT)
     assert pass_.run(graph, target, {}) is graph
-    assert pass_.refusals(graph, target) == {}
+    told = f"no choice: {skipped} of {len(graph.nodes)} calls are skipped by steps that reuse"
+    assert pass_.refusals(graph, target) == {"small_video": told}
+
+
+def test_graphs_whose_norms_and_sums_are_fused_are_cut_too(mini: Program, target: Target) -> None:
+    offered = FuseKernels().choices(mini.graph, target)
+    fused = FuseKernels().run(mini.graph, target, {place: options[-1] for place, options in offered.items()})
+    assert any(fused.find("intarsia.gated_residual"))
+    found, before = BlockCuts.of(fused), CUTS[mini.graph.name]
+    assert (found.first, found.behind) == (before.first, before.behind)
+    assert len({fused.type(name).shape for name in (found.first, found.signal)}) == 1
 
 
 def test_what_goes_past_the_last_block_is_refused_by_name(target: Target) -> None:
