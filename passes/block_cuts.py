@@ -13,19 +13,18 @@ from intarsia.passes.token_places import Place, TokenPlaces
 SUMS = {"aten.add.Tensor": ("self", "other"), "intarsia.gated_residual": ("residual", "input")}
 """Calls that may be residual sums, and the operands of which one is the stream."""
 
-CARRIES = frozenset(
-    {
-        "aten._to_copy",
-        "aten.alias",
-        "aten.cat",
-        "aten.clone",
-        "aten.dropout",
-        "aten.slice.Tensor",
-        "aten.split.Tensor",
-        "aten.split_with_sizes",
-        "aten.to.dtype",
-    }
-)
+CASTS = frozenset({"aten._to_copy", "aten.to.dtype", "aten.type_as"})
+"""Calls that hand the stream on in another type."""
+
+CARRIES = CASTS | {
+    "aten.alias",
+    "aten.cat",
+    "aten.clone",
+    "aten.dropout",
+    "aten.slice.Tensor",
+    "aten.split.Tensor",
+    "aten.split_with_sizes",
+}
 """Calls that hand the stream on: in another type, beside the text, or without it."""
 
 
@@ -74,7 +73,7 @@ class _Stream:
             raise self._none("no sum of a value and what was computed from it is over the tokens of the video")
         calls = [node for node in self.graph.nodes if self._is_among_tokens(node)]
         skips = dict.fromkeys(self._skip_of(call.name, sums) for call in calls)
-        first, *streams = [self._video(skip) for skip in skips]
+        first, *streams = [self._uncast(self._video(skip)) for skip in skips]
         last = self._handed_on(sums[-1][0], like=first)
         return BlockCuts(first, self._signal(first, calls[0].ref("query")), (*streams, last))
 
@@ -125,17 +124,23 @@ class _Stream:
             name = before
         return name
 
+    def _uncast(self, name: str) -> str:
+        """The stream in the type in which it was handed on."""
+        while name in self.graph.producers and self.graph.producers[name].op in CASTS:
+            name = self.graph.producers[name].ref("self")
+        return name
+
     def _handed_on(self, name: str, *, like: str) -> str:
-        """The value behind the last residual sum that has the tokens of the video alone."""
-        while self.places.shape(name) != self.places.shape(like) or not self._is_alone(name):
+        """The value behind the last residual sum that has the tokens of the video alone, in the type of the stream."""
+        while self.graph.type(name) != self.graph.type(like) or not self._is_alone(name):
             behind = [
                 value.name
                 for node in self.graph.users.get(name, ())
                 for value in node.outputs
-                if node.op in CARRIES and self._is_stream(value.name)
+                if self._carried(node) == name and self._is_stream(value.name)
             ]
             if len(behind) != 1:
-                raise self._none(f"behind %{name} no one value is the video's, as large as %{like}")
+                raise self._none(f"behind %{name} no one value is the video's, of the type of %{like}")
             name = behind[0]
         return name
 
@@ -159,7 +164,10 @@ class _Stream:
 
     def _carried(self, node: Node) -> str | None:
         """The value with tokens that a call hands on; None where it does more."""
-        names = [name for name in node.inputs if self._is_stream(name)] if node.op in CARRIES else []
+        if node.op not in CARRIES:
+            return None
+        given = (node.ref("self"),) if "self" in node.args else node.inputs
+        names = [name for name in given if self._is_stream(name)]
         return names[0] if len(names) == 1 else None
 
     def _origin(self, name: str) -> str:

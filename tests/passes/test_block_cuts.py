@@ -33,13 +33,20 @@ def test_a_block_ends_where_the_next_attention_is_added() -> None:
     assert cuts.last == "blocks.1"
 
 
-def test_a_stream_in_a_wider_type_is_followed() -> None:
+def test_a_stream_whose_sums_are_in_a_wider_type_is_cut_in_its_own() -> None:
+    graph = Graph.parse((GOLDEN / "wan-block-bf16.clean.graph").read_text())
+    cuts = BlockCuts.of(graph)
+    assert cuts == BlockCuts("clone", "blocks.0.type_as", ("blocks.0.type_as_4",))
+    assert {graph.type(name).dtype for name in (cuts.first, cuts.signal, cuts.last)} == {"bf16"}
+
+
+def test_casts_between_sums_are_followed() -> None:
     wide = TEXT.replace(
         "  %blocks.1.seen: f32[2, 64, 16] = aten.add.Tensor(self=%blocks.0,",
         "  %wide: f32[2, 64, 16] = aten._to_copy(self=%blocks.0, dtype=torch.float32)\n"
         "  %blocks.1.seen: f32[2, 64, 16] = aten.add.Tensor(self=%wide,",
     )
-    assert BlockCuts.of(Graph.parse(wide)) == BlockCuts("tokens", "blocks.0.moved", ("wide", "blocks.1"))
+    assert BlockCuts.of(Graph.parse(wide)) == BlockCuts("tokens", "blocks.0.moved", ("blocks.0", "blocks.1"))
 
 
 def test_attention_that_nothing_goes_around_is_refused_by_name() -> None:
