@@ -207,7 +207,7 @@ def _segments(facts: Facts) -> tuple[SegmentRow, ...]:
     predicted, measured = facts.predicted.get("segments", ()), facts.measured.get("engine", {}).get("segments")
     return tuple(
         SegmentRow(
-            "once for each prompt" if one["once"] else "at every step",
+            "once for each prompt" if one["once"] else "at steps",
             duration(one["seconds"]),
             duration(measured[number]["seconds"]) if measured else "-",
         )

@@ -61,7 +61,7 @@ def inspected(facts: Mapping[str, Any]) -> Lines:
     if "segments" in facts:
         lines: list[str | Table] = [*_graph(facts)]
         for number, segment in enumerate(facts["segments"]):
-            lines += ["", f"segment {number} of {len(facts['segments'])}, {_runs(segment)}", *_graph(segment)]
+            lines += ["", f"segment {number} of {len(facts['segments'])}{_once(segment)}", *_graph(segment)]
         return lines
     if "phases" not in facts:
         return _graph(facts)
@@ -381,13 +381,13 @@ def _phases(facts: Mapping[str, Any], how: str) -> list[str]:
 def _segments(facts: Mapping[str, Any], how: str) -> list[str]:
     """Seconds of each segment of a step, a line each; nothing where a step is of one piece."""
     return [
-        f"segment {number}  {duration(one['seconds'])} {_runs(one)}, {how}"
+        f"segment {number}  {duration(one['seconds'])} a call{_once(one)}, {how}"
         for number, one in enumerate(facts.get("segments", ()))
     ]
 
 
-def _runs(segment: Mapping[str, Any]) -> str:
-    return "once for each prompt" if segment["once"] else "at every step"
+def _once(segment: Mapping[str, Any]) -> str:
+    return ", once for each prompt" if segment["once"] else ""
 
 
 def _arithmetic(in_float: Sequence[str] | None) -> list[str]:

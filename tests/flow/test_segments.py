@@ -213,7 +213,7 @@ def test_prediction_inspection_and_report_tell_the_segments(bundle: Bundle) -> N
     assert [one["once"] for one in json.loads(json.dumps(facts))["segments"]] == [True, False]
     assert sum(one["flops"] for one in facts["segments"]) == facts["flops"]
     titles = [str(line) for line in inspected(facts) if str(line).startswith("segment")]
-    assert titles == ["segment 0 of 2, once for each prompt", "segment 1 of 2, at every step"]
+    assert titles == ["segment 0 of 2, once for each prompt", "segment 1 of 2"]
     page = render(bundle.folder)
     assert "<h2>Segments of a step</h2>" in page
     assert "<tr><td>0</td><td>once for each prompt</td>" in page
