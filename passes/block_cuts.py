@@ -73,7 +73,7 @@ class _Stream:
             raise self._none("no sum of a value and what was computed from it is over the tokens of the video")
         calls = [node for node in self.graph.nodes if self._is_among_tokens(node)]
         skips = dict.fromkeys(self._skip_of(call.name, sums) for call in calls)
-        first, *streams = [self._uncast(self._video(skip)) for skip in skips]
+        first, *streams = self._alike([self._video(skip) for skip in skips])
         last = self._handed_on(sums[-1][0], like=first)
         return BlockCuts(first, self._signal(first, calls[0].ref("query")), (*streams, last))
 
@@ -124,11 +124,16 @@ class _Stream:
             name = before
         return name
 
-    def _uncast(self, name: str) -> str:
-        """The stream in the type in which it was handed on."""
-        while name in self.graph.producers and self.graph.producers[name].op in CASTS:
-            name = self.graph.producers[name].ref("self")
-        return name
+    def _alike(self, streams: list[str]) -> list[str]:
+        """The stream before each block in one type: that from which it is cast to be summed up, or that of the sums."""
+        made = [self.graph.producers.get(name) for name in streams]
+        sources = [
+            node.ref("self") if node and node.op in CASTS else name for name, node in zip(streams, made, strict=True)
+        ]
+        for names in (sources, streams):
+            if len({self.graph.type(name) for name in names}) == 1:
+                return names
+        raise self._none(f"%{streams[0]}, %{streams[-1]} and what is between them are not of one type")
 
     def _handed_on(self, name: str, *, like: str) -> str:
         """The value behind the last residual sum that has the tokens of the video alone, in the type of the stream."""

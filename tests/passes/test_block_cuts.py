@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,35 @@ def test_a_block_ends_where_the_next_attention_is_added() -> None:
     assert cuts.last == "blocks.1"
 
 
+SUM = re.compile(
+    r"(?P<name>%\S+): f32\[2, 64, 16\] = aten\.add\.Tensor\(self=(?P<self>%\S+), other=(?P<other>%blocks\S+)\)"
+)
+
+WIDE_SUM = """\\g<name>.wide: f64[2, 64, 16] = aten._to_copy(self=\\g<self>, dtype=torch.float64)
+  \\g<name>.term: f64[2, 64, 16] = aten._to_copy(self=\\g<other>, dtype=torch.float64)
+  \\g<name>.sum: f64[2, 64, 16] = aten.add.Tensor(self=\\g<name>.wide, other=\\g<name>.term)
+  \\g<name>: f32[2, 64, 16] = aten.type_as(self=\\g<name>.sum, other=\\g<self>)"""
+
+
+def test_every_block_of_a_stream_whose_sums_are_in_a_wider_type_ends_in_its_own() -> None:
+    wide, count = SUM.subn(WIDE_SUM, TEXT)
+    assert count == 6
+    assert BlockCuts.of(Graph.parse(wide)) == BlockCuts("tokens", "blocks.0.moved", ("blocks.0", "blocks.1"))
+
+
 def test_a_stream_whose_sums_are_in_a_wider_type_is_cut_in_its_own() -> None:
     graph = Graph.parse((GOLDEN / "wan-block-bf16.clean.graph").read_text())
     cuts = BlockCuts.of(graph)
     assert cuts == BlockCuts("clone", "blocks.0.type_as", ("blocks.0.type_as_4",))
     assert {graph.type(name).dtype for name in (cuts.first, cuts.signal, cuts.last)} == {"bf16"}
+
+
+def test_a_stream_that_ends_in_another_type_than_it_begins_with_is_refused() -> None:
+    wide = TEXT.replace(
+        "f32[2, 64, 16] = aten.add.Tensor(self=%blocks.0.told,", "f64[2, 64, 16] = aten.add.Tensor(self=%blocks.0.told,"
+    )
+    with pytest.raises(Unsupported, match=r"%tokens, %blocks\.0 and what is between them are not of one type"):
+        BlockCuts.of(Graph.parse(wide))
 
 
 def test_casts_between_sums_are_followed() -> None:
