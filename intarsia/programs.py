@@ -135,9 +135,9 @@ def predicted(subject: Subject, made: Programs, plan: Plan | None, target: Targe
 def _with_segments(
     subject: Subject, made: Programs, plan: Plan | None, target: Target, seconds: float
 ) -> dict[str, object]:
-    """What segments change of a step that takes ``seconds`` with all of them; once is at the first step of a loop.
+    """What segments change of a step that takes ``seconds`` with all of them: some run at a loop's first step only.
 
-    Segments that steps skip are skipped when the loop runs, as its values ask; here every step runs them.
+    Which steps a rule of caching skips depends on values, so none is predicted to be skipped.
     """
     sampler, sizes = subject.model.sampler if subject.model else None, smallest_sizes(made.first.graph)
     if (found := StepInputs.of(made.first.graph)) is not None:
@@ -145,11 +145,10 @@ def _with_segments(
     steady = once(made.first.graph, [program.graph for program in made.segments])
     each = [predict(program.graph, target, sizes).seconds for program in made.segments]
     segments = [{"seconds": one, "once": number in steady} for number, one in enumerate(each)]
-    saved = sum(each[number] for number in steady)
-    computed = list(filter(None, _counts(made.first, plan, sampler))) if sampler else []
-    if sampler is None:
+    if sampler is None or not steady:
         return {"segments": segments}
-    mean = seconds - saved * (len(computed) - 1) / sampler.steps
+    computed = sum(count > 0 for count in _counts(made.first, plan, sampler))
+    mean = seconds - sum(each[number] for number in steady) * (computed - 1) / sampler.steps
     return {"segments": segments, "seconds": mean, "loop_seconds": mean * sampler.steps}
 
 
