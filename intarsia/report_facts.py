@@ -61,8 +61,9 @@ class Facts:
         from intarsia.backends.variant import GRAPH
         from intarsia.passes.integer_only import INTO, left_in_float
 
-        files = (self.folder / name for name in self.manifest["files"] if Path(name).name == GRAPH)
-        texts = (file.read_text() for file in files)
+        graphs = (Path(name) for name in self.manifest["files"] if Path(name).name == GRAPH)
+        wholes = (name for name in graphs if not name.parent.name.startswith("segment-"))
+        texts = ((self.folder / name).read_text() for name in wholes)
         return left_in_float(Graph.parse(text) for text in texts if INTO in text)
 
     @property
