@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from intarsia.ir.errors import Unsupported
 from intarsia.ir.graph import Graph, Node, Ref
 from intarsia.ir.types import TensorType
-from intarsia.passes.token_places import Place, TokenPlaces
+from intarsia.passes.attention_sites import why_none
+from intarsia.passes.token_axes import Segment, count
+from intarsia.passes.token_flow import TokenAxes
 
 SUMS = {"aten.add.Tensor": ("self", "other"), "intarsia.gated_residual": ("residual", "input")}
 """Calls that may be residual sums, and the operands of which one is the stream."""
@@ -57,25 +59,29 @@ class BlockCuts:
         Raises:
             Unsupported: The graph has no self-attention over video tokens, or no residual stream goes around each.
         """
-        return _Stream(graph, TokenPlaces(graph)).cuts()
+        return _Stream(graph).cuts()
 
 
 class _Stream:
     """The residual sums of a graph, from the last to the first."""
 
-    def __init__(self, graph: Graph, places: TokenPlaces) -> None:
-        self.graph, self.places = graph, places
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.axes = graph, TokenAxes(graph)
+        self.calls = [node for node in graph.nodes if self._is_among_tokens(node)]
+        if not self.calls:
+            reason = why_none(graph) or f"no attention of {graph.name} is among tokens of its first input"
+            raise Unsupported(f"step caching: {reason}")
+        self.video = next(self._of_sample(self.calls[0].ref("query")))
         self.order = {value.name: number for number, node in enumerate(graph.nodes) for value in node.outputs}
 
     def cuts(self) -> BlockCuts:
         sums = [*self._sums()][::-1]
         if not sums:
             raise self._none("no sum of a value and what was computed from it is over the tokens of the video")
-        calls = [node for node in self.graph.nodes if self._is_among_tokens(node)]
-        skips = dict.fromkeys(self._skip_of(call.name, sums) for call in calls)
+        skips = dict.fromkeys(self._skip_of(call.name, sums) for call in self.calls)
         first, *streams = self._alike([self._video(skip) for skip in skips])
         last = self._handed_on(sums[-1][0], like=first)
-        return BlockCuts(first, self._signal(first, calls[0].ref("query")), (*streams, last))
+        return BlockCuts(first, self._signal(first, self.calls[0].ref("query")), (*streams, last))
 
     def _sums(self) -> Iterator[tuple[str, str]]:
         """Residual sums along one stream, the last first, and the value that each adds to, the skip."""
@@ -92,19 +98,28 @@ class _Stream:
         left, right = (node.args.get(operand) for operand in SUMS.get(node.op, ("", "")))
         if not isinstance(left, Ref) or not isinstance(right, Ref) or left == right:
             return None
-        if not self._is_stream(node.name):
+        if not self._is_stream(node.name) or not (self.axes.is_tensor(left.name) and self.axes.is_tensor(right.name)):
             return None
         for skip, branch in ((left.name, right.name), (right.name, left.name)):
-            alike = self.places.shape(skip) == self.places.shape(branch) == self.places.shape(node.name)
+            alike = self.axes.shape(skip) == self.axes.shape(branch) == self.axes.shape(node.name)
             if alike and self._leads(self._origin(skip), branch):
                 return skip
         return None
 
     def _is_among_tokens(self, node: Node) -> bool:
-        """Whether the call is self-attention over tokens of the video."""
+        """Whether the call is self-attention (B, H, S, D) over tokens of the sample."""
         if not node.args.keys() >= {"query", "key", "value"}:
             return False
-        return all(self._place(node.ref(key)) is not None for key in ("query", "key"))
+        query, key = node.ref("query"), node.ref("key")
+        same = len(self.axes.shape(query)) == 4 and self.axes.of(query)[2] == self.axes.of(key)[2]
+        return same and any(self._of_sample(query))
+
+    def _of_sample(self, query: str) -> Iterator[_Tokens]:
+        """What the tokens of queries are, where they are of the first input's places."""
+        for segment in self.axes.of(query)[2]:
+            found = _tokens(segment)
+            if {source for source, _ in found[1]} == {self.graph.inputs[0].name}:
+                yield found
 
     def _skip_of(self, attention: str, sums: list[tuple[str, str]]) -> str:
         """The value that the first residual sum behind an attention adds to."""
@@ -117,7 +132,7 @@ class _Stream:
 
     def _video(self, name: str) -> str:
         """The stream of the video alone, where ``name`` may have text beside it."""
-        while (place := self.places.of(name)) is not None and place.others:
+        while self._is_stream(name) and not self._is_alone(name):
             before = self._carried(self.graph.producers[name]) if name in self.graph.producers else None
             if before is None:
                 raise self._none(f"%{name} has text beside the video, and no value has the video alone")
@@ -156,7 +171,7 @@ class _Stream:
             if not reached.intersection(node.inputs) or self._multiplies(node):
                 continue
             reached.update(value.name for value in node.outputs)
-            same = self._is_alone(node.name) and self.places.shape(node.name) == self.places.shape(first)
+            same = self._is_alone(node.name) and self.axes.shape(node.name) == self.axes.shape(first)
             if same and self._leads(node.name, query):
                 found = node.name
         return found
@@ -182,14 +197,13 @@ class _Stream:
         return name
 
     def _is_stream(self, name: str) -> bool:
-        return self._place(name) is not None and len(self.places.shape(name)) == 3
+        """Whether the value is (B, S, D), the video's tokens along S, maybe others beside them."""
+        axes = self.axes.of(name) if self.axes.is_tensor(name) else ()
+        return len(axes) == 3 and any(_tokens(segment) == self.video for segment in axes[1])
 
     def _is_alone(self, name: str) -> bool:
-        place = self._place(name)
-        return place is not None and len(self.places.shape(name)) == 3 and not place.others
-
-    def _place(self, name: str) -> Place | None:
-        return self.places.of(name) if isinstance(self.graph.values[name].type, TensorType) else None
+        """Whether it is (B, N, D), the video's tokens along N and no others."""
+        return self._is_stream(name) and self.axes.shape(name)[1] == self.video[0]
 
     def _leads(self, source: str, name: str) -> bool:
         """Whether ``name`` is, or is computed from, ``source``."""
@@ -208,3 +222,11 @@ class _Stream:
         return Unsupported(
             f"{self.graph.name}: no residual stream: {reason}; caching steps needs one around its blocks"
         )
+
+
+_Tokens = tuple[int, frozenset[tuple[str, int]]]
+"""How many there are, and along which axes of which values they lie."""
+
+
+def _tokens(segment: Segment) -> _Tokens:
+    return count(segment), frozenset((factor.source, factor.axis) for factor in segment)

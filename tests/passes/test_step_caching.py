@@ -11,7 +11,7 @@ from intarsia.flow import trace
 from intarsia.ir.errors import SpecError, Unsupported
 from intarsia.ir.execute import check_types, to_module
 from intarsia.ir.graph import Graph, Ref
-from intarsia.ir.program import Program, example_inputs
+from intarsia.ir.program import Program, example_inputs, materialize
 from intarsia.ir.target import Target
 from intarsia.ir.verify import verify
 from intarsia.passes.base import find_pass
@@ -53,6 +53,10 @@ def test_the_stream_of_the_video_is_told_from_that_of_the_text_beside_it(mini: P
     found = BlockCuts.of(mini.graph)
     assert found == CUTS[mini.graph.name]
     assert len({mini.graph.type(name).shape for name in (found.first, found.signal, *found.behind)}) == 1
+
+
+def test_it_is_told_too_when_what_weights_alone_tell_was_computed(mini: Program) -> None:
+    assert BlockCuts.of(materialize(mini).graph) == CUTS[mini.graph.name]
 
 
 def run(program: Program, segments: tuple[Graph, ...], inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
