@@ -1,31 +1,38 @@
-"""Rows written into a tensor at given places, in ONNX: one copy of the tensor, and of each row."""
+"""Rows written into a tensor at given places, in ONNX: a copy of the rows, and of the tensor unless it is the same."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 
 def index_copy(self: Any, dim: int, index: Any, source: Any) -> Any:
     """``aten.index_copy``: self (..., N, ...) with source (..., A, ...) at the places index (A) of axis ``dim``.
 
-    ScatterND writes where the first axes say. So the axes up to ``dim`` become one, whose places are numbered through,
-    and neither tensor is turned; where their extents are not fixed, both are.
+    ScatterND writes where the first axes say, so each row is told all its places up to ``dim``: what is written is the
+    tensor itself, in its own shape, and a runtime that is given one buffer for both writes the rows only. Where the
+    extents before ``dim`` are not fixed, axis ``dim`` comes to the front, and nothing can be written in place.
     """
     from onnxscript import opset23 as op
 
     shape = self.shape
     rank = len(shape)
     dim %= rank
-    if not all(isinstance(extent, int) for extent in shape):
+    extents = list(shape[:dim])
+    if not all(isinstance(extent, int) for extent in extents):
         return _turned(self, dim, index, source, rank=rank)
-    count = prod(shape[:dim])
-    starts = _numbers([number * shape[dim] for number in range(count)], (count, 1))
-    places = op.Reshape(op.Add(starts, index), _numbers([-1, 1], (2,)))
-    row = _numbers([-1, prod(shape[dim + 1 :])], (2,))
-    written = op.ScatterND(op.Reshape(self, row), places, op.Reshape(source, row))
-    return op.Reshape(written, _numbers(list(shape), (rank,)))
+    places = op.Unsqueeze(index, _numbers([-1]))
+    return op.ScatterND(self, _placed(places, extents) if extents else places, source)
+
+
+def _placed(places: Any, extents: list[int]) -> Any:
+    """The places (A, 1) of an axis behind ``extents`` (E, ...): those of all axes up to it (E, ..., A, rank)."""
+    import numpy as np
+    from onnxscript import opset23 as op
+
+    before = np.stack(np.meshgrid(*map(np.arange, (*extents, 1)), indexing="ij"), axis=-1)
+    last = np.zeros(len(extents) + 1, np.int64)
+    last[-1] = 1
+    return op.Add(op.Mul(places, _numbers(last)), _numbers(before))
 
 
 def _turned(self: Any, dim: int, index: Any, source: Any, *, rank: int) -> Any:
@@ -34,14 +41,14 @@ def _turned(self: Any, dim: int, index: Any, source: Any, *, rank: int) -> Any:
 
     order = [dim, *(axis for axis in range(rank) if axis != dim)]
     back = [order.index(axis) for axis in range(rank)]
-    places = op.Unsqueeze(index, _numbers([-1], (1,)))
+    places = op.Unsqueeze(index, _numbers([-1]))
     written = op.ScatterND(op.Transpose(self, perm=order), places, op.Transpose(source, perm=order))
     return op.Transpose(written, perm=back)
 
 
-def _numbers(numbers: Sequence[int], shape: tuple[int, ...]) -> Any:
+def _numbers(numbers: Any) -> Any:
     import numpy as np
     import onnx_ir as ir
     from onnxscript import opset23 as op
 
-    return op.Constant(value=ir.tensor(np.array(numbers, np.int64).reshape(shape)))
+    return op.Constant(value=ir.tensor(np.array(numbers, np.int64)))

@@ -48,7 +48,7 @@ def step_inputs(
     """
     found = StepInputs.of(graph)
     assert found is not None
-    clock = (torch.zeros(1), torch.zeros(found.tokens)) if found.clocked else ()
+    clock = (torch.zeros(found.tokens), torch.zeros(found.tokens)) if found.clocked else ()
     caches = empty_caches(found)
     if run is not None:
         with torch.no_grad():

@@ -15,12 +15,11 @@ from intarsia.ir.errors import UsageError
 
 @dataclass(frozen=True)
 class Clock:
-    """How far the noise level went since caches were written.
+    """How far the noise level went since each token was computed.
 
     Attributes:
-        elapsed: The noise level less that of the last call (1), f32; 0 at the first.
-        rate: For each token one over the noise level less that at which it was last computed (N), f32; 0 where it
-            never was.
+        elapsed: The noise level less that at which a token was last computed (N), f32; 0 where it never was.
+        rate: One over that (N), f32; 0 where it never was.
     """
 
     elapsed: Tensor
@@ -125,9 +124,8 @@ class Loop:
 
     def clock(self, now: float) -> Clock:
         """How far the noise level ``now`` is from where caches were written."""
-        elapsed = 0.0 if self._called is None else now - self._called
-        rate = (1 / (now - self._since)).nan_to_num(0.0, 0.0, 0.0)
-        return Clock(torch.tensor([elapsed], dtype=torch.float32), rate.float())
+        elapsed = now - self._since
+        return Clock(elapsed.nan_to_num(0.0).float(), (1 / elapsed).nan_to_num(0.0, 0.0, 0.0).float())
 
     def learn(self, number: int, active: Tensor, now: float, velocity: Tensor) -> None:
         """Take the velocity (R, ...) of the active tokens, and form groups where it is time to."""

@@ -30,28 +30,31 @@ class Caches:
 
     Attributes:
         inputs: The caches.
-        after: What each holds after the step, in the same order.
     """
 
     def __init__(self, tape: Tape, *, linear: bool, dtype: str = "") -> None:
         self.linear = linear
         self.inputs: list[Value] = []
-        self.after: list[str] = []
+        self._after: dict[str, str] = {}
         self._tape, self._dtype = tape, dtype
-        self._rates: dict[tuple[Place, TensorType], str] = {}
-        self._casts: dict[tuple[str, str], str] = {}
+        self._clocks: dict[tuple[str, TensorType, Place], str] = {}
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """What each cache holds after the step, in the order of ``inputs``."""
+        return tuple(self._after[value.name] for value in self.inputs)
 
     @property
     def clock(self) -> tuple[Value, ...]:
         """The inputs that say how far caches move."""
-        elapsed, rate = Value(ELAPSED, TensorType("f32", (1,))), Value(RATE, TensorType("f32", (self._tape.tokens,)))
-        return (elapsed, rate) if self.linear else ()
+        told = TensorType("f32", (self._tape.tokens,))
+        return (Value(ELAPSED, told), Value(RATE, told)) if self.linear else ()
 
     def held(self, name: str, rows: str, type_: TensorType, place: Place) -> str:
         """A value of all tokens: its active ones as ``rows`` has them, the others as they were."""
-        whole = self._tape.write(rows, self._input(f"{name}.cache", type_), type_, place, name=f"{name}.next")
-        self.after.append(whole)
-        return whole
+        cache = self._input(f"{name}.cache", type_)
+        self._after[cache] = self._tape.write(rows, cache, type_, place, name=f"{name}.next")
+        return self._after[cache]
 
     def seen(self, name: str, rows: str, type_: TensorType, place: Place) -> str:
         """Keys or values of all tokens (..., S, D), as attention reads them: the active ones as ``rows`` has them.
@@ -63,61 +66,72 @@ class Caches:
         if not self._dtype:
             return self.held(name, rows, type_, place)
         stored = self._stored(f"{name}.cache", type_)
-        whole = self._tape.write(rows, self._read(stored, type_), type_, place, name=f"{name}.whole")
-        self._written(name, rows, stored, type_, place)
-        return whole
+        return self._refreshed(name, rows, self._read(stored, type_), stored, type_=type_, place=place)
 
     def _moved(self, name: str, rows: str, type_: TensorType, place: Place) -> str:
-        """Keys or values that moved by their slope over the noise level since the last step."""
-        tape = self._tape
+        """Keys or values as they were last computed, moved by their slope over the noise level since."""
+        tape, few = self._tape, self._tape.few(type_, place)
         cache, slope = self._stored(f"{name}.cache", type_), self._stored(f"{name}.slope", type_)
-        before, along = self._read(cache, type_), self._read(slope, type_)
-        elapsed = self._in(ELAPSED, TensorType("f32", (1,)), type_.dtype)
+        before = self._read(cache, type_)
+        taken = tape.select(before, type_, place)
+        missed = tape.call("aten.sub.Tensor", f"{name}.missed", few, self=Ref(rows), other=Ref(taken))
+        rate = self._active(RATE, type_, place)
+        learnt = tape.call("aten.mul.Tensor", f"{name}.learnt", few, self=Ref(missed), other=Ref(rate))
+        along = self._read(self._written(f"{name}.slope", learnt, slope, type_, place), type_)
+        elapsed = self._told(ELAPSED, type_, place)
         step = tape.call("aten.mul.Tensor", f"{name}.step", type_, self=Ref(along), other=Ref(elapsed))
         moved = tape.call("aten.add.Tensor", f"{name}.moved", type_, self=Ref(before), other=Ref(step))
-        whole = tape.write(rows, moved, type_, place, name=f"{name}.next")
-        self.after += self._rounded(whole, type_)
-        learnt = self._learnt(name, rows, type_, place, moved=moved, slope=along)
-        self._written(f"{name}.slope", learnt, slope, type_, place)
+        return self._refreshed(name, rows, moved, cache, type_=type_, place=place)
+
+    def _refreshed(
+        self, name: str, rows: str, others: str, stored: tuple[str, ...], *, type_: TensorType, place: Place
+    ) -> str:
+        """What attention reads: active tokens as ``rows`` has them, others as given; the rows are stored.
+
+        They are taken from what attention reads. So all that reads a cache stands before what writes it, and both may
+        be one buffer.
+        """
+        whole = self._tape.write(rows, others, type_, place, name=f"{name}.whole")
+        self._written(name, self._tape.select(whole, type_, place), stored, type_, place)
         return whole
 
-    def _learnt(self, name: str, rows: str, type_: TensorType, place: Place, *, moved: str, slope: str) -> str:
-        """The slopes of active tokens: what they were, and what they missed over the way since."""
-        tape, few = self._tape, self._tape.few(type_, place)
-        taken, slopes = tape.select(moved, type_, place), tape.select(slope, type_, place)
-        missed = tape.call("aten.sub.Tensor", f"{name}.missed", few, self=Ref(rows), other=Ref(taken))
-        rate = self._rate(place, type_)
-        turn = tape.call("aten.mul.Tensor", f"{name}.turn", few, self=Ref(missed), other=Ref(rate))
-        return tape.call("aten.add.Tensor", f"{name}.learnt", few, self=Ref(slopes), other=Ref(turn))
+    def _active(self, clock: str, type_: TensorType, place: Place) -> str:
+        """``_told`` of the active tokens."""
+        key = (f"{clock}.active", type_, place)
+        if key not in self._clocks:
+            rows = replace(type_, shape=type_.shape[place.dim :])
+            self._clocks[key] = self._tape.select(self._told(clock, type_, place), rows, replace(place, dim=0))
+        return self._clocks[key]
 
-    def _rate(self, place: Place, type_: TensorType) -> str:
-        """The rate of active tokens, 0 for all beside the video, shaped to stand at ``place``."""
-        key = (place, type_)
-        if key not in self._rates:
-            total, behind = self._tape.tokens + place.others, (1,) * (len(type_.shape) - 1 - place.dim)
-            padded, flat = RATE, TensorType("f32", (total,))
-            if place.others:
-                sides = [self._zeros(count) for count in (place.before, place.after)]
-                parts = tuple(Ref(part) for part in (sides[0], RATE, sides[1]) if part)
-                padded = self._tape.call("aten.cat", f"{RATE}.tokens", flat, tensors=parts, dim=0)
-            along = replace(place, dim=0)
-            taken, few = self._tape.select(padded, flat, along), self._tape.few(flat, along)
-            shaped = TensorType("f32", (*few.shape, *behind))
-            made = self._tape.call("aten.view", f"{RATE}.shaped", shaped, self=Ref(taken), size=(-1, *behind))
-            self._rates[key] = self._in(made, shaped, type_.dtype)
-        return self._rates[key]
+    def _told(self, clock: str, type_: TensorType, place: Place) -> str:
+        """A number of the clock for each token, 0 for all beside the video, repeated over what lies behind tokens.
 
-    def _zeros(self, count: int) -> str:
+        Repeated once a step, and not in every product: runtimes are quick where rows are wide.
+        """
+        key = (clock, type_, place)
+        if key not in self._clocks:
+            call, rows = self._tape.call, type_.shape[place.dim :]
+            made = self._padded(clock, place) if place.others else clock
+            made = self._tape.cast(made, TensorType("f32", rows[:1]), type_.dtype)
+            column = (rows[0], *(1 for _ in rows[1:]))
+            made = call("aten.view", f"{clock}.column", replace(type_, shape=column), self=Ref(made), size=column)
+            self._clocks[key] = call(
+                "aten.expand", f"{clock}.rows", replace(type_, shape=rows), self=Ref(made), size=rows
+            )
+        return self._clocks[key]
+
+    def _padded(self, clock: str, place: Place) -> str:
+        """A number of the clock for each token, with zeros for those beside the video."""
+        sides = [self._zeros(count, clock) for count in (place.before, place.after)]
+        parts = tuple(Ref(part) for part in (sides[0], clock, sides[1]) if part)
+        type_ = TensorType("f32", (self._tape.tokens + place.others,))
+        return self._tape.call("aten.cat", f"{clock}.tokens", type_, tensors=parts, dim=0)
+
+    def _zeros(self, count: int, clock: str) -> str:
         if not count:
             return ""
         type_, dtype = TensorType("f32", (count,)), Symbol("torch.float32")
-        return self._tape.call("aten.zeros", f"{RATE}.text", type_, size=(count,), dtype=dtype)
-
-    def _in(self, name: str, type_: TensorType, dtype: str) -> str:
-        """A number of the clock in the element type of a cache, cast once."""
-        if (name, dtype) not in self._casts:
-            self._casts[name, dtype] = self._tape.cast(name, type_, dtype)
-        return self._casts[name, dtype]
+        return self._tape.call("aten.zeros", f"{clock}.text", type_, size=(count,), dtype=dtype)
 
     def _input(self, name: str, type_: TensorType) -> str:
         self.inputs.append(Value(self._tape.free(name), type_))
@@ -134,11 +148,17 @@ class Caches:
             return (type_,)
         return replace(type_, dtype=self._dtype), TensorType("f32", (*type_.shape[:-1], 1))
 
-    def _written(self, name: str, rows: str, stored: tuple[str, ...], type_: TensorType, place: Place) -> None:
-        """What is stored, with rows of active tokens in their places, is what there is after the step."""
+    def _written(
+        self, name: str, rows: str, stored: tuple[str, ...], type_: TensorType, place: Place
+    ) -> tuple[str, ...]:
+        """What is stored, with rows of active tokens in their places: what there is after the step."""
         parts = self._rounded(rows, self._tape.few(type_, place))
-        for part, cache, kind in zip(parts, stored, self._parts(type_), strict=True):
-            self.after.append(self._copied(part, cache, kind, place, name=f"{name}.next"))
+        written = tuple(
+            self._copied(part, cache, kind, place, name=f"{name}.next")
+            for part, cache, kind in zip(parts, stored, self._parts(type_), strict=True)
+        )
+        self._after.update(zip(stored, written, strict=True))
+        return written
 
     def _copied(self, rows: str, cache: str, type_: TensorType, place: Place, *, name: str) -> str:
         """The cache with rows written into it; floats of eight bits as bits, for PyTorch copies none by index."""

@@ -11,8 +11,8 @@ ACTIVE = "active"
 """The input that tells which tokens are active, and the named size that counts them."""
 
 ELAPSED, RATE = "elapsed", "rate"
-"""The inputs of a step that moves caches along: the noise level less that of the last step (1), and for each token
-one over the noise level less that at which it was last active (N), 0 where it never was."""
+"""The inputs of a step that moves caches along: for each token (N) the noise level less that at which it was last
+active, and one over that; both are 0 where it never was."""
 
 
 @dataclass(frozen=True)

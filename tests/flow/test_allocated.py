@@ -193,7 +193,7 @@ def test_after_a_step_the_first_cache_is_what_a_dense_pass_over_that_state_write
     fewer = 0
     for number, (rows, active, caches) in enumerate(list(network.calls)):
         time = torch.full((2,), SAMPLER.timesteps()[number])
-        still = (torch.zeros(1), torch.zeros(64)) if network.clocked else ()
+        still = (torch.zeros(64), torch.zeros(64)) if network.clocked else ()
         with torch.no_grad():
             _, dense, *_ = network.step(rows, time, text, torch.arange(64), *still, *network.caches)
         assert torch.allclose(caches[0][:, :, active], dense[:, :, active], rtol=1e-5, atol=1e-5)

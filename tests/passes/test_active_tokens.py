@@ -60,9 +60,10 @@ class Stepper:
         return made
 
     def __call__(
-        self, own: Tensors, active: Tensor, caches: Tensors, *, elapsed: float = 0.0, rate: Tensor | None = None
+        self, own: Tensors, active: Tensor, caches: Tensors, *, elapsed: Tensor | None = None
     ) -> tuple[Tensor, Tensors]:
-        clock = (torch.tensor([elapsed]), torch.zeros(self.tokens) if rate is None else rate) if self.clocked else ()
+        told = torch.zeros(self.tokens) if elapsed is None else elapsed
+        clock = (told, (1 / told).nan_to_num(0.0, 0.0, 0.0)) if self.clocked else ()
         with torch.no_grad():
             answer = self._run(*own, active, *clock, *caches)
         return answer[0], answer[1:]
@@ -200,21 +201,26 @@ def test_active_tokens_see_the_others_through_the_cache(small: Program, target: 
     assert not torch.allclose(of_some[:, :, 0, 2:4, 2:4], of_other[:, :, 0, 2:4, 2:4])
 
 
-def test_linear_caches_of_tokens_left_out_go_on_as_they_went(small: Program, target: Target) -> None:
+def test_attention_sees_tokens_left_out_go_on_as_they_went(small: Program, target: Target) -> None:
     step, active = Stepper(ActiveTokens("linear"), small, target), third(64)
-    every = torch.arange(64)
+    every, behind = torch.arange(64), torch.full((64,), -0.1)
     _, caches = step(step_inputs(small), every, step.empty())
     first = step.cache(caches, f"{KEYS}.cache")
-    _, caches = step(step_inputs(small, 1), every, caches, elapsed=-0.2, rate=torch.full((64,), 1 / -0.2))
+    _, caches = step(step_inputs(small, 1), every, caches, elapsed=2 * behind)
     second = step.cache(caches, f"{KEYS}.cache")
     slope = (second - first) / -0.2
     assert torch.allclose(step.cache(caches, f"{KEYS}.slope"), slope, rtol=1e-3, atol=1e-3)
-    _, caches = step(step_inputs(small, 2), active, caches, elapsed=-0.1, rate=torch.full((64,), 1 / -0.1))
     left = torch.ones(64, dtype=torch.bool).index_fill(0, active, value=False)
-    found = step.cache(caches, f"{KEYS}.cache")
-    assert torch.allclose(found[:, :, left], (second + slope * -0.1)[:, :, left], rtol=1e-3, atol=1e-3)
+    own = step_inputs(small, 2)
+    keys = Program(replace(step.graph, outputs=(f"{KEYS}.whole",)), small.weights).module()
+    (seen,) = keys(*own, active, behind, 1 / behind, *caches)
+    _, after = step(own, active, caches, elapsed=behind)
+    found = step.cache(after, f"{KEYS}.cache")
+    assert torch.allclose(seen[:, :, left], (second + slope * -0.1)[:, :, left], rtol=1e-3, atol=1e-3)
+    assert torch.equal(seen[:, :, active], found[:, :, active])
+    assert torch.equal(found[:, :, left], second[:, :, left])
     learnt = (found - second)[:, :, active] / -0.1
-    assert torch.allclose(step.cache(caches, f"{KEYS}.slope")[:, :, active], learnt, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(step.cache(after, f"{KEYS}.slope")[:, :, active], learnt, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [("i8", 0.5 / 127), ("f8e4m3", 2.0**-4)])
