@@ -137,7 +137,8 @@ def _with_segments(
 ) -> dict[str, object]:
     """What segments change of a step that takes ``seconds`` with all of them: some run at a loop's first step only.
 
-    Which steps a rule of caching skips depends on values, so none is predicted to be skipped.
+    A model without a sampler has no first step: its seconds are those of any later one. Which steps a rule of caching
+    skips depends on values, so none is predicted to be skipped.
     """
     sampler, sizes = subject.model.sampler if subject.model else None, smallest_sizes(made.first.graph)
     if (found := StepInputs.of(made.first.graph)) is not None:
@@ -145,10 +146,13 @@ def _with_segments(
     steady = once(made.first.graph, [program.graph for program in made.segments])
     each = [predict(program.graph, target, sizes).seconds for program in made.segments]
     segments = [{"seconds": one, "once": number in steady} for number, one in enumerate(each)]
-    if sampler is None or not steady:
+    if not steady:
         return {"segments": segments}
+    saved = sum(each[number] for number in steady)
+    if sampler is None:
+        return {"segments": segments, "seconds": seconds - saved}
     computed = sum(count > 0 for count in _counts(made.first, plan, sampler))
-    mean = seconds - sum(each[number] for number in steady) * (computed - 1) / sampler.steps
+    mean = seconds - saved * (computed - 1) / sampler.steps
     return {"segments": segments, "seconds": mean, "loop_seconds": mean * sampler.steps}
 
 

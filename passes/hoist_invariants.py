@@ -19,14 +19,16 @@ from intarsia.passes.base import Pass
 
 @dataclass(frozen=True)
 class HoistInvariants(Pass):
-    """Leave the graph as it is, and cut it in two: what a prompt alone tells, and what each step runs.
+    """Cut off what no denoising step changes, so that it runs once for each prompt: text, keys and values of it.
+
+    The graph stays as it is; a step runs two segments of it.
 
         input %hidden_states: f32[1, 4, 1024, 32]                    step.0, once for each prompt:
         input %timestep: f32[1]                                        input %text: f32[1, 512, 64]
         input %text: f32[1, 512, 64]                                   %k: f32[1, 512, 32] = aten.linear(input=%text)
         %k: f32[1, 512, 32] = aten.linear(input=%text)                 return %k
         %q: ... = aten.linear(input=%hidden_states)              ->  step.1, at every step:
-        %y: ... = aten.scaled_dot_product_attention(%q, %k, %v)        input %hidden_states, %timestep, %k, %v
+        %y: ... = aten.scaled_dot_product_attention(%q, %k, %k)        input %hidden_states, %timestep, %k
         return %y                                                      ...
 
     The sample, which is the first input, changes at every step, as do the time and all that ``active-tokens`` adds.
@@ -39,7 +41,7 @@ class HoistInvariants(Pass):
     Attributes:
         changing: Inputs that change at every step, beside the sample and those of active tokens.
 
-    Source: loop-invariant code motion (Aho et al., Compilers, 2nd edition, section 9.5.1) out of the sampler's loop.
+    Source: loop-invariant code motion (Aho et al., Compilers, 2nd edition, section 9.1.7) out of the sampler's loop.
     """
 
     changing: tuple[str, ...] = ("timestep",)
