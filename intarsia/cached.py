@@ -103,7 +103,7 @@ def _together(*timings: Timing) -> Timing:
 def relative_change(now: Tensor, before: Tensor) -> float:
     """The mean absolute change over the mean absolute value before, over all rows; not a number where both are 0.
 
-    Source: TeaCache, Liu et al., 2024, equation 3, and first block cache, whose measure is the same.
+    Source: TeaCache, Liu et al., 2024, section 3, and first block cache, whose measure is the same.
     """
     now, before = now.float(), before.float()
     return float((now - before).abs().mean() / before.abs().mean())

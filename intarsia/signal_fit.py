@@ -38,7 +38,7 @@ class Recorded:
     def coefficients(self) -> tuple[float, ...]:
         """Of the polynomial through the moves in least squares, the highest power first, to five digits.
 
-        Source: Liu et al., TeaCache, 2024, section 3.3, where it is fitted for each network in the same way.
+        Source: Liu et al., TeaCache, 2024, section 3, where it is fitted for each network in the same way.
         """
         signal, answer = zip(*self.moves, strict=True)
         return tuple(float(f"{one:.5g}") for one in np.polyfit(signal, answer, DEGREE))

@@ -89,9 +89,9 @@ class TeaCache(StepCaching):
             itself where none are given.
 
     Source: Liu et al., Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, 2024, arXiv 2411.19108,
-    sections 3.2 and 3.3; ``warm_up`` and ``tail`` are ret_steps and what cutoff_steps leaves in the authors' code. For
-    some networks that code takes the embedding of the time step alone as the signal; here it is the modulated input, as
-    in the paper. Finding the cut in a traced graph is ours.
+    section 3; ``warm_up`` and ``tail`` are ret_steps and what cutoff_steps leaves in the authors' code. For some
+    networks that code takes the embedding of the time step alone as the signal; here it is the modulated input, as in
+    the paper. Finding the cut in a traced graph is ours.
     """
 
     coefficients: tuple[float, ...] = ()
@@ -113,6 +113,11 @@ class TeaCache(StepCaching):
     def split(self, graph: Graph) -> tuple[Graph, ...]:
         """Before the blocks, all blocks, behind them; errors as of ``StepCaching.split``."""
         cuts = BlockCuts.of(graph)
+        if cuts.signal == cuts.first:
+            raise Unsupported(
+                f"{graph.name}: its first attention reads %{cuts.first} as it is, with nothing that a time step "
+                "changes; first-block-cache needs no such signal"
+            )
         return _segments(graph, cuts, signal=cuts.signal, stream=cuts.first)
 
 

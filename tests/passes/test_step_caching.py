@@ -132,6 +132,13 @@ def test_what_goes_past_the_last_block_is_refused_by_name(target: Target) -> Non
     assert reason in TeaCache().refusals(Graph.parse(past), target)["small_video"]
 
 
+def test_a_stream_that_no_time_step_modulates_is_no_signal() -> None:
+    plain = Graph.parse(TEXT.replace("(input=%blocks.0.moved,", "(input=%tokens,"))
+    with pytest.raises(Unsupported, match="small_video: its first attention reads %tokens as it is"):
+        TeaCache().split(plain)
+    assert FirstBlockCache().split(plain)[0].outputs[1] == "blocks.0"
+
+
 def test_one_block_leaves_the_first_block_cache_nothing_to_skip() -> None:
     lines = TEXT.replace("aten.layer_norm(input=%blocks.1,", "aten.layer_norm(input=%blocks.0,").splitlines()
     one = Graph.parse("\n".join(line for line in lines if "blocks.1" not in line))
