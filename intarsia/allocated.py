@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from intarsia.backends.base import Engine
+from intarsia.backends.base import Carried, Engine, Stateful
 from intarsia.backends.by_step import TIMESTEP
 from intarsia.backends.phases import StepRange
 from intarsia.backends.runner import LoopTiming, Timing, bench
@@ -36,10 +37,20 @@ def _zeros(value: Value) -> Tensor:
     return torch.zeros([int(dim) for dim in value.type.shape], dtype=DTYPES[value.type.dtype])
 
 
+def with_caches(engine: Callable[..., tuple[Tensor, ...]], graph: Graph) -> Stateful:
+    """The engine of a graph of active tokens, caches kept by itself: called with all inputs before them."""
+    found = StepInputs.of(graph)
+    keep = engine.stateful if isinstance(engine, Engine) else partial(Carried, engine)
+    caches = empty_caches(found) if found else ()
+    ends = (len(values) - len(caches) for values in (graph.inputs, graph.outputs))
+    inputs, outputs = (range(first, first + len(caches)) for first in ends)
+    return keep(caches, inputs=inputs, outputs=outputs)
+
+
 def step_inputs(
     graph: Graph, own: Sequence[Tensor], count: int, *, run: Callable[..., tuple[Tensor, ...]] | None = None
 ) -> tuple[Tensor, ...]:
-    """Inputs of a step that computes ``count`` tokens, evenly spread.
+    """Inputs of a step that computes ``count`` tokens, evenly spread; the model's own where the graph computes all.
 
     Args:
         graph: Of active tokens.
@@ -47,7 +58,8 @@ def step_inputs(
         run: Runs the graph, so that caches hold what a step of all tokens left there; they are zeros without it.
     """
     found = StepInputs.of(graph)
-    assert found is not None
+    if found is None:
+        return tuple(own)
     clock = (torch.zeros(found.tokens), torch.zeros(found.tokens)) if found.clocked else ()
     caches = empty_caches(found)
     if run is not None:
@@ -87,9 +99,9 @@ def denoising(engine: Engine, graph: Graph, plan: Plan | None, sampler: FlowMatc
     Raises:
         PlanError: The graph computes active tokens, and the model has no loop.
     """
-    if StepInputs.of(graph) is None:
-        return engine
     allocation = allocation_of(plan)
+    if allocation is None and StepInputs.of(graph) is None:
+        return engine
     if allocation is None or sampler is None:
         raise PlanError(f"{graph.name}: active tokens need the sampler's steps, and the model has no sampler")
     return AllocatedEngine(engine, graph, allocation, sampler, grid_of(model))
@@ -123,7 +135,7 @@ class AllocatedEngine(Engine):
     It remembers: the first step of a loop starts it anew, and every other one has to follow the one before.
 
     Attributes:
-        engine: Of the graph of active tokens.
+        engine: Of the graph of active tokens, or of the model's where steps compute all tokens or none.
         graph: That graph.
         allocation: Which tokens are computed when.
         sampler: Of the loop.
@@ -142,18 +154,16 @@ class AllocatedEngine(Engine):
     loop: Loop = field(init=False)
 
     def __post_init__(self) -> None:
-        found = StepInputs.of(self.graph)
-        assert found is not None
-        self._inputs = found
+        self._inputs = StepInputs.of(self.graph)
         self._sigmas = self.sampler.sigmas().tolist()
         self._timesteps = torch.tensor(self.sampler.timesteps())
         self._at = [value.name for value in self.graph.inputs].index(TIMESTEP)
-        self._caches: Sequence[Tensor] = ()
+        self._step = with_caches(self.engine, self.graph)
         self._start()
 
     def _start(self) -> None:
         self.loop = Loop(self.allocation, self.sampler.steps, self.grid, self.sampler.guide)
-        self._caches = empty_caches(self._inputs)
+        self._step.clear()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The velocity at the step that the timestep tells; UsageError for a step that does not follow the last."""
@@ -168,13 +178,12 @@ class AllocatedEngine(Engine):
         active, now = self.loop.begin(step), self._sigmas[step]
         if len(active):
             clock = self.loop.clock(now)
-            told = (clock.elapsed, clock.rate) if self._inputs.clocked else ()
-            answer = self.engine(*inputs, active, *told, *self._caches)
-            self._caches = answer[len(answer) - len(self._caches) :]
+            told = (clock.elapsed, clock.rate) if self._inputs and self._inputs.clocked else ()
+            answer = self._step(*inputs, *((active,) if self._inputs else ()), *told)
             self.loop.learn(step, active, now, answer[0].float())
         return (self.loop.velocity(now),)
 
     @property
     def device(self) -> str:
         """What it ran on."""
-        return self.engine.device if isinstance(self.engine, Engine) else "CPU"
+        return self._step.device

@@ -61,8 +61,8 @@ def planned(subject: Subject, plan: Plan | None, target: Target) -> Programs:
     graphs = [apply(plan, graph, target, phase=number) for number in range(len(plan.phases))]
     for one in filter(StepInputs.of, graphs):
         require_room(one, target)
-    if len(graphs) > 1 and any(map(StepInputs.of, graphs)):
-        raise PlanError("plan: active-tokens has caches that go from step to step; give it one phase")
+    if len(graphs) > 1 and allocation_of(plan) is not None:
+        raise PlanError("plan: active-tokens goes from step to step through the whole loop; give it one phase")
     alike = [graphs.index(one) for one in graphs]
     phases = plan_ranges(subject, plan, programs=alike)
     made = {number: materialize(replace(subject.program, graph=graphs[number])) for number in sorted(set(alike))}
@@ -107,7 +107,7 @@ def predicted(subject: Subject, made: Programs, plan: Plan | None, target: Targe
     """
     sizes = smallest_sizes(subject.program.graph)
     before = predict(subject.program.graph, target, sizes)
-    if StepInputs.of(made.first.graph):
+    if StepInputs.of(made.first.graph) or allocation_of(plan) is not None:
         each = {0: _mean_step(subject, made.first, plan, target)}
     else:
         each = {number: predict(program.graph, target, sizes) for number, program in made.programs.items()}
@@ -157,11 +157,12 @@ def _with_segments(
 
 
 def _counts(program: Program, plan: Plan | None, sampler: FlowMatchEuler) -> list[int]:
-    """How many tokens each step computes; 1 at every step where all are computed always."""
+    """How many tokens each step computes; 1 at every step that computes all of a graph that can compute no fewer."""
     allocation, found = allocation_of(plan), StepInputs.of(program.graph)
-    if allocation is None or found is None:
+    if allocation is None:
         return [1] * sampler.steps
-    return [round(share * found.tokens) for share in allocation.shares_by_step(sampler.steps)]
+    tokens = found.tokens if found else 1
+    return [round(share * tokens) for share in allocation.shares_by_step(sampler.steps)]
 
 
 def _mean_step(subject: Subject, program: Program, plan: Plan | None, target: Target) -> Prediction:
@@ -169,10 +170,12 @@ def _mean_step(subject: Subject, program: Program, plan: Plan | None, target: Ta
     sampler = subject.model.sampler if subject.model else None
     if allocation_of(plan) is None or sampler is None:
         raise PlanError(f"{subject.name} has no sampler, whose steps active-tokens allocates")
-    found = StepInputs.of(program.graph)
-    assert found is not None
-    tokens, counts = found.tokens, _counts(program, plan, sampler)
-    sizes = smallest_sizes(program.graph)
-    each = {count: predict(program.graph, target, {**sizes, found.size: count}) for count in {*counts, tokens} if count}
+    found, sizes = StepInputs.of(program.graph), smallest_sizes(program.graph)
+    tokens, counts = found.tokens if found else 1, _counts(program, plan, sampler)
+
+    def step(count: int) -> Prediction:
+        return predict(program.graph, target, {**sizes, found.size: count} if found else sizes)
+
+    each = {count: step(count) for count in {*counts, tokens} if count}
     seconds = sum(each[count].seconds for count in counts if count) / sampler.steps
     return replace(each[tokens], seconds=seconds)

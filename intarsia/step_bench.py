@@ -75,6 +75,8 @@ class StepBench:
         """What a call takes that computes a share of the tokens; 0 for share 0."""
         if share <= 0:
             return 0.0
+        if caches == "none":
+            return self.dense_seconds()
         if caches not in self._seconds:
             self._seconds[caches] = [self._call_seconds(caches, max(1, round(one * self.grid.count))) for one in SHARES]
         return float(np.interp(share, SHARES, self._seconds[caches]))
@@ -85,7 +87,8 @@ class StepBench:
 
     def allocated(self, policy: Allocated) -> AllocatedEngine:
         """The network of a policy."""
-        graph, engine = self._engine(policy.caches)
+        whole = policy.caches == "none"
+        graph, engine = (self.subject.program.graph, self._dense) if whole else self._engine(policy.caches)
         return AllocatedEngine(engine, graph, policy.allocation, self.sampler, self.grid)
 
     def cached_seconds(self, kind: type[StepCaching]) -> CachedSeconds:

@@ -81,6 +81,11 @@ class Allocation:
             raise SpecError(f"expected 'allocation(warm_up=..., shares=..., divisors=...)', found {text!r}")
         return construct(cls, spec)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every step computes all tokens or none, so that no token is seen through a cache."""
+        return len(set(self.divisors)) == 1 and (self.turns == "together" or self.divisors[0] == 1)
+
     def is_dense(self, step: int, steps: int) -> bool:
         """Whether step number ``step`` of a loop of ``steps`` computes all tokens."""
         outside = step < self.warm_up or step >= steps - self.tail

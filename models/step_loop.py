@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool3d
+from torch.nn.functional import avg_pool3d, pad
 
 from intarsia.ir.allocation import Allocation
 from intarsia.ir.errors import UsageError
@@ -81,7 +81,8 @@ def scores(now: Tensor, before: Tensor, grid: TokenGrid, *, smooth: bool) -> Ten
     """
     change = grid.means((now - before).abs()) / (grid.means(before.abs()) + 1e-6)
     if smooth:
-        change = avg_pool3d(change[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
+        inside = pad(torch.ones_like(change[:1]), (1,) * 6)
+        change = avg_pool3d(pad(change, (1,) * 6), 3, stride=1) / avg_pool3d(inside, 3, stride=1)
     return change.flatten(1)
 
 

@@ -58,6 +58,8 @@ class ActiveTokens(Pass):
     with a scale for each token and head. Attention reads them in the model's own type, and active tokens as they were
     computed; so the dense step stays what it is.
 
+    With an allocation of one group nothing is rewritten: its steps compute all tokens or none.
+
     Behind ``sparse-attention`` and ``fuse-heads`` each head keeps its pattern, as rows of a mask: active queries of a
     thinned head cost what those of a dense one do.
 
@@ -94,12 +96,12 @@ class ActiveTokens(Pass):
         return {name: f"no choice: {_told(found, places)}" for name, found in places.attention.items()}
 
     def run(self, graph: Graph, target: Target, chosen: Chosen) -> Graph:
-        """The graph with active tokens and caches; itself if it has them.
+        """The graph with active tokens and caches; itself if it has them, or if steps compute all tokens or none.
 
         Raises:
             Unsupported: The graph has no self-attention over video tokens, or something in it mixes tokens otherwise.
         """
-        if StepInputs.of(graph):
+        if StepInputs.of(graph) or (self.allocation and Allocation.parse(self.allocation).is_whole):
             return graph
         return _Rewriting(graph, TokenPlaces(graph), linear=self.caches == "linear", dtype=self.cache_dtype).graph()
 

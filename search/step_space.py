@@ -46,7 +46,8 @@ class Allocated:
 
     Attributes:
         allocation: Which tokens are computed when.
-        caches: Whether keys and values of other tokens are ``held`` or move on, ``linear``.
+        caches: Whether keys and values of other tokens are ``held`` or move on, ``linear``; ``none`` where steps
+            compute all tokens or none, by the unchanged network.
     """
 
     allocation: Allocation
@@ -61,7 +62,7 @@ class Allocated:
     def notation(self) -> str:
         """The pass that computes so."""
         args: dict[str, str] = {"allocation": str(self.allocation)}
-        return str(Spec("active-tokens", args if self.caches == "held" else {"caches": self.caches, **args}))
+        return str(Spec("active-tokens", {"caches": self.caches, **args} if self.caches == "linear" else args))
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ Policy = Allocated | Cached
 
 
 Seconds = Callable[[str, float], float]
-"""What a call takes that computes a share of the tokens, 0 to 1, with caches held or moved on; 0 for share 0."""
+"""What a call takes that computes a share of the tokens, 0 to 1, with such caches; 0 for share 0."""
 
 
 def loop_seconds(policy: Allocated, steps: int, seconds: Seconds) -> float:
@@ -186,13 +187,14 @@ def _evenly(steps: int) -> Iterator[Allocated]:
     """Fewer steps: Euler's method on every d-th noise level, where that ends with the loop."""
     for divisor in range(1, steps + 1):
         if steps % divisor == 0:
-            yield Allocated(Allocation(1, 0, (1.0,), (divisor,)))
+            yield Allocated(Allocation(1, 0, (1.0,), (divisor,)), "none")
 
 
 def _windows(steps: int, *, held: bool) -> Iterator[Allocated]:
     for warm_up, tail, divisor in product((1, *WARM_UPS), TAILS, range(2, steps // 2 + 1)):
         if warm_up + tail < steps:
-            yield Allocated(Allocation(warm_up, tail, (1.0,), (divisor,), velocity="held" if held else "linear"))
+            moved = "held" if held else "linear"
+            yield Allocated(Allocation(warm_up, tail, (1.0,), (divisor,), velocity=moved), "none")
 
 
 def _grouped(steps: int, limit: float, seconds: Seconds, *, held: bool) -> Iterator[Allocated]:

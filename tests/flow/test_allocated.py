@@ -289,7 +289,19 @@ PLAN = Plan("0" * 12, "null", (Phase((Step(str(Spec("active-tokens", {"allocatio
 
 def test_an_engine_of_all_tokens_is_called_as_it_is(small: Program) -> None:
     engine = NullEngine(small)
-    assert denoising(engine, small.graph, PLAN, SAMPLER, small.graph) is engine
+    assert denoising(engine, small.graph, None, SAMPLER, small.graph) is engine
+
+
+def test_one_group_runs_the_unchanged_model_at_its_steps(held: Network, small: Program) -> None:
+    """Steps that compute all tokens or none need no caches, so nothing is rewritten."""
+    made = ActiveTokens(allocation=str(ALLOCATION)).run(small.graph, TARGET, {})
+    assert made is small.graph
+    engine = denoising(NullEngine(small), made, PLAN, SAMPLER, small.graph)
+    assert isinstance(engine, AllocatedEngine)
+    sample = SAMPLER.sample(denoiser(engine, held.model), START, CONDITIONING)
+    torch.testing.assert_close(sample, held.run(ALLOCATION).sample, rtol=1e-4, atol=1e-5)
+    found = loop_timing(engine, example_inputs(small.graph), repeats=2)
+    assert [call.repeats > 0 for call in found.calls] == [True, False, True, False, True, False, True]
 
 
 def test_an_engine_of_active_tokens_is_called_as_its_plan_says(small: Program) -> None:
@@ -351,3 +363,13 @@ def test_what_a_loop_computed_has_a_map_and_an_animation(held: Network, small: P
     pictures = step_pictures(engine, video, SAMPLER)
     assert {name: data[:3] for name, data in pictures.items()} == {"steps.png": b"\x89PN", "steps.gif": b"GIF"}
     assert step_pictures(NullEngine(small), video, SAMPLER) == {}
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_scores_of_short_videos_are_smoothed_too(frames: int) -> None:
+    grid, before = TokenGrid((2, 3, 4), (frames, 4, 4)), torch.ones(1, 2, frames, 8, 8)
+    now = before.clone()
+    now[0, :, 0, :2, :2] = 4.0
+    found = scores(now, before, grid, smooth=True)[0].reshape(frames, 4, 4)
+    assert found[0, 0, 0] == pytest.approx(3 / (4 * frames))
+    assert found.count_nonzero() == 4 * frames
