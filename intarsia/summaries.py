@@ -185,9 +185,15 @@ def searched(result: SearchResult, output: Path) -> tuple[dict[str, object], Lin
     changed = Counter(option for phase in result.plan.phases for step in phase.steps for option in step.chosen.values())
     bits = {option: count for option, count in sorted(changed.items()) if option in BITS}
     told = ", ".join(f"{count} at {option}" for option, count in bits.items())
+    steps = result.plan.notes.get("steps")
+    if isinstance(steps, dict):
+        facts["steps"] = steps
+        head: list[str | Table] = [f"{output}: {steps['policies']} policies tried", _policies(steps["finalists"])]
+    else:
+        done = f"layers {told}" if bits else f"{changed.total()} places changed"
+        head = [f"{output}: {done}, {len(result.tried)} plans measured end to end"]
     lines = [
-        f"{output}: {f'layers {told}' if bits else f'{changed.total()} places changed'}, "
-        f"{len(result.tried)} plans measured end to end",
+        *head,
         f"weights    {size(before.bytes)} to {size(after.bytes)}, {growth(before.bytes, after.bytes)}",
         f"predicted  {_faster(before.seconds, after.seconds)} on {result.plan.target}",
         *(
@@ -197,6 +203,13 @@ def searched(result: SearchResult, output: Path) -> tuple[dict[str, object], Lin
         ),
     ]
     return facts, lines if result.gain > 0 else [*lines, "nothing was gained: the plan leaves the model as it is"]
+
+
+def _policies(finalists: Sequence[Mapping[str, Any]]) -> Table:
+    """Policies of a loop's steps that were measured on validation noise, the best first."""
+    ranked = sorted(finalists, key=lambda one: -one["validation_psnr"])
+    rows = [(one["kind"], f"{one['share']:.0%}", f"{one['validation_psnr']:.2f} dB", one["policy"]) for one in ranked]
+    return table(("steps", "of the time", "PSNR", "policy"), rows)
 
 
 def explained(explanation: Explanation, place: str | None) -> tuple[dict[str, object], Lines] | None:
