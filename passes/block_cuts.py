@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from intarsia.ir.errors import Unsupported
 from intarsia.ir.graph import Graph, Node, Ref
-from intarsia.ir.types import TensorType
+from intarsia.ir.operators import DTYPES
 from intarsia.passes.attention_sites import why_none
 from intarsia.passes.token_axes import Segment, count
 from intarsia.passes.token_flow import TokenAxes
@@ -171,16 +172,29 @@ class _Stream:
             if not reached.intersection(node.inputs) or self._multiplies(node):
                 continue
             reached.update(value.name for value in node.outputs)
-            same = self._is_alone(node.name) and self.axes.shape(node.name) == self.axes.shape(first)
-            if same and self._leads(node.name, query):
+            if self._is_like(node.name, first) and self._leads(node.name, query):
                 found = node.name
         return found
 
+    def _is_like(self, name: str, first: str) -> bool:
+        """Whether the value is the video's, of real numbers, as large as the stream; codes of few bits are not."""
+        if not self._is_alone(name) or self.axes.shape(name) != self.axes.shape(first):
+            return False
+        return DTYPES[self.graph.type(name).dtype].is_floating_point
+
     def _multiplies(self, node: Node) -> bool:
-        """Whether the call takes a weight of two axes or more."""
-        weights = {param.name: param.type for param in self.graph.params}
-        types = [weights[name] for name in node.inputs if name in weights]
-        return any(isinstance(type_, TensorType) and len(type_.shape) > 1 for type_ in types)
+        """Whether the call takes a matrix that no input tells, a weight or what was made of one."""
+        shapes = [self.axes.shape(name) for name in node.inputs if name in self.weights and self.axes.is_tensor(name)]
+        return any(sum(extent != 1 for extent in shape) > 1 for shape in shapes)
+
+    @cached_property
+    def weights(self) -> frozenset[str]:
+        """Parameters, and values that follow from them alone."""
+        found = {param.name for param in self.graph.params}
+        for node in self.graph.nodes:
+            if found.issuperset(node.inputs):
+                found.update(value.name for value in node.outputs)
+        return frozenset(found)
 
     def _carried(self, node: Node) -> str | None:
         """The value with tokens that a call hands on; None where it does more."""

@@ -20,6 +20,7 @@ from intarsia.ir.program import Program, example_inputs
 from intarsia.looped import looped
 from intarsia.models.sampler import Conditioning, FlowMatchEuler, noise
 from intarsia.passes.step_caching import FirstBlockCache, StepCaching, TeaCache
+from intarsia.signal_fit import Recorded
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -146,6 +147,17 @@ def test_a_second_sample_reuses_nothing_of_the_first(small: Program) -> None:
     assert len(engine.loops) == 2
     assert engine.loops[0] == engine.loops[1]
     assert 2 < sum(engine.loops[0]) < 12
+
+
+def test_the_polynomial_tells_how_far_the_answer_moves_where_the_signal_does(small: Program) -> None:
+    recorded = Recorded(cached(small, TeaCache(threshold=0.0)))
+    for _ in range(2):
+        SAMPLER.sample(denoiser(recorded, small.graph), START, CONDITIONING)
+    assert len(recorded.moves) == 2 * 11
+    polynomial = TeaCache(coefficients=recorded.coefficients())
+    moves = torch.tensor([answer for _, answer in recorded.moves])
+    told = torch.tensor([polynomial.reach(0.0, signal) for signal, _ in recorded.moves])
+    assert (told - moves).square().sum() < 0.5 * (moves - moves.mean()).square().sum()
 
 
 def test_steps_of_a_loop_are_timed_by_whether_they_were_computed(small: Program) -> None:

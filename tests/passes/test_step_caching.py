@@ -17,6 +17,7 @@ from intarsia.ir.verify import verify
 from intarsia.passes.base import find_pass
 from intarsia.passes.block_cuts import BlockCuts
 from intarsia.passes.fuse_kernels import FuseKernels
+from intarsia.passes.quantize_linear import QuantizeLinear
 from intarsia.passes.step_caching import FirstBlockCache, StepCaching, TeaCache
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -111,6 +112,13 @@ def test_the_graph_stays_as_it_is(pass_: StepCaching, skipped: int, target: Targ
     assert pass_.run(graph, target, {}) is graph
     told = f"no choice: {skipped} of {len(graph.nodes)} calls are skipped by steps that reuse"
     assert pass_.refusals(graph, target) == {"small_video": told}
+
+
+def test_the_signal_of_layers_in_eight_bits_is_what_was_put_into_eight_bits(mini: Program, target: Target) -> None:
+    offered = QuantizeLinear().choices(mini.graph, target)
+    narrow = QuantizeLinear().run(mini.graph, target, {place: options[-1] for place, options in offered.items()})
+    assert narrow != mini.graph
+    assert BlockCuts.of(narrow) == CUTS[mini.graph.name]
 
 
 def test_graphs_whose_norms_and_sums_are_fused_are_cut_too(mini: Program, target: Target) -> None:
