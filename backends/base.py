@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from intarsia.backends import agreement
@@ -55,6 +56,69 @@ class Engine(ABC):
     @abstractmethod
     def device(self) -> str:
         """What it ran on, for people: ``CPU, 2 threads, ONNX Runtime 1.31.1``."""
+
+    def stateful(self, values: Sequence[Tensor], *, inputs: Sequence[int], outputs: Sequence[int]) -> Stateful:
+        """The engine with some of its inputs kept from call to call, on the device where it can.
+
+        Args:
+            values: Zeros in the shapes and types of these inputs; the engine may write into them.
+            inputs: Which inputs they are.
+            outputs: Which output each of them becomes with a call.
+        """
+        return Carried(self, values, inputs=inputs, outputs=outputs)
+
+
+class Stateful(Engine):
+    """An engine that keeps some of its inputs: each is what an output was at the call before, and zeros at the first.
+
+    It is called with the other inputs, in their order, and gives the other outputs, in theirs.
+    """
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Keep zeros, as before the first call."""
+
+    @property
+    @abstractmethod
+    def kept(self) -> tuple[Tensor, ...]:
+        """What is kept, to be read before the next call."""
+
+
+class Carried(Stateful):
+    """Anything that is called like an engine, given as inputs what it gave as outputs; arguments as ``stateful``'s."""
+
+    def __init__(
+        self,
+        engine: Callable[..., tuple[Tensor, ...]],
+        values: Sequence[Tensor],
+        *,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+    ) -> None:
+        self._engine, self._inputs, self._outputs = engine, inputs, outputs
+        self._kept = tuple(values)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs that are not kept."""
+        kept, others = dict(zip(self._inputs, self._kept, strict=True)), iter(inputs)
+        places = range(len(inputs) + len(kept))
+        answer = self._engine(*(kept[place] if place in kept else next(others) for place in places))
+        self._kept = tuple(answer[place] for place in self._outputs)
+        return tuple(value for place, value in enumerate(answer) if place not in self._outputs)
+
+    def clear(self) -> None:
+        """Keep zeros."""
+        self._kept = tuple(map(torch.zeros_like, self._kept))
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """What the last call gave."""
+        return self._kept
+
+    @property
+    def device(self) -> str:
+        """The engine's."""
+        return self._engine.device if isinstance(self._engine, Engine) else "CPU"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from intarsia import kernels
-from intarsia.backends.base import Backend, Built, Engine, cores, require_support
+from intarsia.backends.base import Backend, Built, Engine, Stateful, cores, require_support
+from intarsia.backends.onnx_states import OnnxStates, declare
 from intarsia.ir.errors import MissingEnvironment, QualityError, Unsupported, UsageError
 from intarsia.ir.graph import Arg, Graph, Node
 from intarsia.ir.operators import resolve
@@ -78,6 +79,7 @@ class OnnxBackend(Backend):
 
         require_support(self, program.graph, target)
         model = onnx_model(program)
+        declare(model)
         stored = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
         external = DATA if stored > self.external_bytes else None
         onnx_ir.save(model, folder / MODEL, external_data=external)
@@ -116,6 +118,10 @@ class OnnxEngine(Engine):
         except errors.InvalidArgument as error:
             raise UsageError(f"the engine does not take these inputs: {_line(error)}") from error
         return tuple(torch.from_numpy(answer) for answer in answers)
+
+    def stateful(self, values: Sequence[Tensor], *, inputs: Sequence[int], outputs: Sequence[int]) -> Stateful:
+        """The session with buffers of its own for these inputs, written in place where the model allows."""
+        return OnnxStates(self._session, self.device, values, inputs=inputs, outputs=outputs)
 
     @property
     def device(self) -> str:
