@@ -60,22 +60,37 @@ def step_inputs(
     found = StepInputs.of(graph)
     if found is None:
         return tuple(own)
-    clock = (torch.zeros(found.tokens), torch.zeros(found.tokens)) if found.clocked else ()
     caches = empty_caches(found)
     if run is not None:
         with torch.no_grad():
-            answer = run(*own, torch.arange(found.tokens), *clock, *caches)
+            answer = run(*call_inputs(graph, own, found.tokens), *caches)
         caches = tuple(answer[len(answer) - len(caches) :])
-    return (*own, torch.arange(count) * found.tokens // count, *clock, *caches)
+    return (*call_inputs(graph, own, count), *caches)
+
+
+def call_inputs(graph: Graph, own: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+    """What ``with_caches`` is called with at a step that computes ``count`` tokens, evenly spread."""
+    found = StepInputs.of(graph)
+    if found is None:
+        return tuple(own)
+    clock = (torch.zeros(found.tokens), torch.zeros(found.tokens)) if found.clocked else ()
+    return (*own, torch.arange(count) * found.tokens // count, *clock)
 
 
 def allocation_of(plan: Plan | None) -> Allocation | None:
     """The budget of tokens that a plan's ``active-tokens`` names; None where no pass of it is one."""
+    found = _pass_of(plan)
+    if found is None:
+        return None
+    return Allocation.parse(found.allocation) if found.allocation else Allocation()
+
+
+def _pass_of(plan: Plan | None) -> ActiveTokens | None:
     for step in (step for phase in plan.phases for step in phase.steps) if plan else ():
         if step.run.partition("(")[0] == ActiveTokens.name:
             made = find_pass(step.run)
             assert isinstance(made, ActiveTokens)
-            return Allocation.parse(made.allocation) if made.allocation else Allocation()
+            return made
     return None
 
 
@@ -104,12 +119,14 @@ def denoising(engine: Engine, graph: Graph, plan: Plan | None, sampler: FlowMatc
         return engine
     if allocation is None or sampler is None:
         raise PlanError(f"{graph.name}: active tokens need the sampler's steps, and the model has no sampler")
-    return AllocatedEngine(engine, graph, allocation, sampler, grid_of(model))
+    found = _pass_of(plan)
+    return AllocatedEngine(engine, graph, allocation, sampler, grid_of(model), found.buckets if found else 0)
 
 
 def loop_timing(engine: AllocatedEngine, own: Sequence[Tensor], *, repeats: int = 20) -> LoopTiming:
     """How long the calls of a loop take: steps that compute as many tokens are timed once, others take nothing."""
-    counts = [round(share * engine.grid.count) for share in engine.allocation.shares_by_step(engine.sampler.steps)]
+    shares = engine.allocation.shares_by_step(engine.sampler.steps)
+    counts = [engine.called(round(share * engine.grid.count)) for share in shares]
     first: dict[int, int] = {}
     ranges: list[StepRange] = []
     timesteps = engine.sampler.timesteps()
@@ -119,10 +136,9 @@ def loop_timing(engine: AllocatedEngine, own: Sequence[Tensor], *, repeats: int 
         else:
             program = first.setdefault(count, len(ranges))
             ranges.append(StepRange(step, step, program, (timesteps[step], timesteps[step])))
-    assert isinstance(engine.engine, Engine)
     nothing = Timing(0.0, 0.0, 0.0, 0, engine.device)
     timed = {
-        count: bench(engine.engine, step_inputs(engine.graph, own, count), repeats=repeats) if count else nothing
+        count: bench(engine.step, call_inputs(engine.graph, own, count), repeats=repeats) if count else nothing
         for count in first
     }
     return LoopTiming(tuple(ranges), tuple(timed[counts[one.first]] for one in ranges))
@@ -140,7 +156,9 @@ class AllocatedEngine(Engine):
         allocation: Which tokens are computed when.
         sampler: Of the loop.
         grid: How the tokens lie in a sample.
+        buckets: How many counts of tokens the engine is called with, evenly spread over all of them; 0 for any count.
         loop: What the last loop computed; of a finished one, ``loop.active`` has every step.
+        step: The engine with its caches.
 
     Raises:
         UsageError: The sampler's steps leave no room for the allocation's window.
@@ -151,39 +169,52 @@ class AllocatedEngine(Engine):
     allocation: Allocation
     sampler: FlowMatchEuler
     grid: TokenGrid
+    buckets: int = 0
     loop: Loop = field(init=False)
+    step: Stateful = field(init=False)
 
     def __post_init__(self) -> None:
         self._inputs = StepInputs.of(self.graph)
         self._sigmas = self.sampler.sigmas().tolist()
         self._timesteps = torch.tensor(self.sampler.timesteps())
         self._at = [value.name for value in self.graph.inputs].index(TIMESTEP)
-        self._step = with_caches(self.engine, self.graph)
+        self.step = with_caches(self.engine, self.graph)
         self._start()
 
     def _start(self) -> None:
         self.loop = Loop(self.allocation, self.sampler.steps, self.grid, self.sampler.guide)
-        self._step.clear()
+        self.step.clear()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The velocity at the step that the timestep tells; UsageError for a step that does not follow the last."""
-        step = int((self._timesteps - float(inputs[self._at].flatten()[0])).abs().argmin())
-        if step == 0:
+        number = int((self._timesteps - float(inputs[self._at].flatten()[0])).abs().argmin())
+        if number == 0:
             self._start()
-        if step != len(self.loop.active):
+        if number != len(self.loop.active):
             raise UsageError(
-                f"step allocation: step {step} follows step {len(self.loop.active) - 1}; caches need every step in its "
-                "turn, one sample after the other"
+                f"step allocation: step {number} follows step {len(self.loop.active) - 1}; caches need every step in "
+                "its turn, one sample after the other"
             )
-        active, now = self.loop.begin(step), self._sigmas[step]
+        active, now = self.loop.begin(number), self._sigmas[number]
         if len(active):
             clock = self.loop.clock(now)
             told = (clock.elapsed, clock.rate) if self._inputs and self._inputs.clocked else ()
-            answer = self._step(*inputs, *((active,) if self._inputs else ()), *told)
-            self.loop.learn(step, active, now, answer[0].float())
+            called = self._padded(active)
+            answer = self.step(*inputs, *((called,) if self._inputs else ()), *told)
+            self.loop.learn(number, active, now, answer[0].float())
         return (self.loop.velocity(now),)
+
+    def called(self, count: int) -> int:
+        """How many tokens the engine is given for a step that computes ``count``: the next of the buckets."""
+        tokens = self.grid.count
+        filled = -(-count * self.buckets // tokens)
+        return -(-filled * tokens // self.buckets) if self.buckets else count
+
+    def _padded(self, active: Tensor) -> Tensor:
+        """The active tokens, the last of them repeated up to a bucket: what is computed twice is written twice."""
+        return torch.cat([active, active[-1:].expand(self.called(len(active)) - len(active))])
 
     @property
     def device(self) -> str:
         """What it ran on."""
-        return self._step.device
+        return self.step.device

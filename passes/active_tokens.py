@@ -60,6 +60,9 @@ class ActiveTokens(Pass):
 
     With an allocation of one group nothing is rewritten: its steps compute all tokens or none.
 
+    The loop fills active tokens up to one of ``buckets`` counts, evenly spread up to all tokens, by giving the last of
+    them again: for engines that are prepared for few sizes. 0 leaves their number as it is.
+
     Behind ``sparse-attention`` and ``fuse-heads`` each head keeps its pattern, as rows of a mask: active queries of a
     thinned head cost what those of a dense one do.
 
@@ -70,6 +73,7 @@ class ActiveTokens(Pass):
     caches: str = "held"
     cache_dtype: str = ""
     allocation: str = ""
+    buckets: int = 0
 
     name: ClassVar[str] = "active-tokens"
 
@@ -80,6 +84,8 @@ class ActiveTokens(Pass):
             raise ValueError(
                 f"cache_dtype is {self.cache_dtype!r}; it is {' or '.join(LARGEST)}, or left out for the model's own"
             )
+        if self.buckets < 0:
+            raise ValueError(f"buckets is {self.buckets}; it is how many counts of tokens there are, or 0 for any")
         if self.allocation:
             Allocation.parse(self.allocation)
 

@@ -249,6 +249,7 @@ def test_its_notation_makes_it_again(pass_: ActiveTokens) -> None:
         ("active-tokens(caches='quadratic')", "caches is 'quadratic'; it is held or linear"),
         ("active-tokens(cache_dtype='i4')", "cache_dtype is 'i4'; it is i8 or f8e4m3"),
         ("active-tokens(allocation='allocation(warm_up=0)')", "warm_up is at least 2"),
+        ("active-tokens(buckets=-1)", "buckets is -1; it is how many counts of tokens there are, or 0 for any"),
         ("active-tokens(cache='i8')", "cache"),
     ],
 )
