@@ -80,6 +80,10 @@ EffortOption = Annotated[Effort, typer.Option("--effort", help="How much is meas
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="Time for the search, such as 90s, 20m or 1h30m.")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="Safetensors: a file or a folder of them.")]
+Sampler = Annotated[
+    Path | None,
+    typer.Option("--sampler", help="Another loop: a sampler.json of a bundle, or diffusers' scheduler_config.json."),
+]
 Sizes = Annotated[list[str] | None, typer.Option("--size", help="A named size, such as batch=2; repeatable.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure anew, whatever the journal holds.")]
 FailOnNoGain = Annotated[bool, typer.Option("--fail-on-no-gain", help="Exit with code 5 if nothing was gained.")]

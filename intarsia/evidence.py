@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -152,6 +153,9 @@ def verify_quality(bundle: Bundle, progress: Progress) -> Check:
     workload = claimed["workload"]
     progress.start(f"trace {bundle.graph.name}", None)
     subject = subjects.resolve(bundle.graph.name)
+    if subject.model is not None and bundle.sampler is not None:
+        loop = FlowMatchEuler.from_json(bundle.sampler)
+        subject = replace(subject, model=replace(subject.model, sampler=loop))
     progress.finish()
     found = {"graph": subject.program.graph.fingerprint, "weights": subject.program.fingerprint()}
     if found != claimed["unchanged"]:

@@ -83,6 +83,7 @@ def search(
     effort: str = "default",
     seed: int = 0,
     weights: Path | None = None,
+    sampler: Path | None = None,
     fresh: bool = False,
     budget: float | None = None,
     fail_on_no_gain: bool = False,
@@ -102,6 +103,7 @@ def search(
             ``steps(key=value)``, which tokens the loop computes when, see ``search.step_search.StepSearch``.
         minimize: ``seconds``, ``bytes``, or ``both`` (the sum of both, each relative to the unchanged model).
         budget: Seconds for the search; what is best by then is the answer.
+        sampler: A file that describes another denoising loop than the model's own, see ``models.sampler_files``.
         fresh: Ignore what earlier searches have measured.
         samples: What a network without a loop is measured on, for ``bits`` alone.
 
@@ -120,7 +122,7 @@ def search(
         raise UsageError(f"strategy {Spec.parse(strategy).name}: it has passes of its own; leave --pass out")
     if samples is not None and not isinstance(how, BitSearch):
         raise UsageError(f"--data is what --strategy bits is measured on; --strategy {strategy} takes none")
-    subject = model if isinstance(model, Subject) else _search_subject(model, how, weights, progress)
+    subject = model if isinstance(model, Subject) else _search_subject(model, how, weights, progress, sampler)
     if subject.program.is_meta and not (isinstance(how, HeadSearch) and how.table):
         raise UsageError(f"{subject.name}: a search measures quality and needs weights; give --weights")
     if how is None:
@@ -196,12 +198,14 @@ def _strategy(text: str) -> Strategy | None:
     return None
 
 
-def _search_subject(model: str | Path, how: Strategy | None, weights: Path | None, progress: Progress) -> Subject:
+def _search_subject(
+    model: str | Path, how: Strategy | None, weights: Path | None, progress: Progress, sampler: Path | None
+) -> Subject:
     """The model with its weights; on the meta device where a table stands for all that would be measured."""
     if not isinstance(how, HeadSearch) or not how.table:
-        return _resolve(model, weights, progress)
+        return _resolve(model, weights, progress, sampler)
     progress.start(f"trace {model}", None)
-    subject = subjects.resolve(model, meta=True)
+    subject = subjects.with_sampler(subjects.resolve(model, meta=True), sampler)
     progress.finish()
     return subject
 
@@ -241,6 +245,7 @@ def export(
     output: Path,
     passes: Sequence[str] = (),
     weights: Path | None = None,
+    sampler: Path | None = None,
     quality: str | None = None,
     effort: str = "default",
     seed: int = 0,
@@ -251,6 +256,7 @@ def export(
     """Build engines of the model under ``plan`` (None: unchanged), measure one, and write the bundle with its report.
 
     Args:
+        sampler: A file that describes another denoising loop than the model's own, see ``models.sampler_files``.
         backends: What engines are built with, ``name(key=value)``; one bundle holds one engine of each.
         passes: Passes that run as they are, without a choice, where there is no plan.
         quality: Goal that the engine that would be chosen here must meet.
@@ -264,7 +270,7 @@ def export(
     """
     progress = progress or Silent()
     goal, machine, builders = Goal.parse(quality) if quality else None, load_target(target), _backends(backends)
-    subject = model if isinstance(model, Subject) else _resolve(model, weights, progress)
+    subject = model if isinstance(model, Subject) else _resolve(model, weights, progress, sampler)
     graph = subject.program.graph
     if plan and passes:
         raise UsageError("--plan and --pass exclude each other: a plan says itself which passes run")
@@ -277,7 +283,7 @@ def export(
         phase: Planned(program, ()) if parts else _built_with(builders, program, machine)
         for phase, program in made.programs.items()
     }
-    sampler = subject.model.sampler if subject.model else None
+    loop = subject.model.sampler if subject.model else None
     bundle = write_bundle(
         output,
         program=made.first,
@@ -288,7 +294,7 @@ def export(
         later=steps,
         segments=parts,
         inputs=export_inputs(subject, made.first),
-        sampler=sampler.to_json() if sampler else None,
+        sampler=loop.to_json() if loop else None,
         predicted=predicted(subject, made, plan, machine),
         command=command,
         config=config or {},
@@ -321,6 +327,7 @@ def optimize(
     effort: str = "default",
     seed: int = 0,
     weights: Path | None = None,
+    sampler: Path | None = None,
     fresh: bool = False,
     budget: float | None = None,
     fail_on_no_gain: bool = False,
@@ -332,7 +339,7 @@ def optimize(
     """Search, export, verify and report in one go; the arguments are those of ``search`` and ``export``."""
     progress = progress or Silent()
     _backends(backends)
-    subject = _resolve(model, weights, progress)
+    subject = _resolve(model, weights, progress, sampler)
     result = search(
         subject,
         target=target,
@@ -501,9 +508,9 @@ def _backends(texts: Sequence[str]) -> list[Backend]:
     return found
 
 
-def _resolve(model: str | Path, weights: Path | None, progress: Progress) -> Subject:
+def _resolve(model: str | Path, weights: Path | None, progress: Progress, sampler: Path | None = None) -> Subject:
     progress.start(f"trace {model}", None)
-    subject = subjects.resolve(model, weights=weights)
+    subject = subjects.with_sampler(subjects.resolve(model, weights=weights), sampler)
     progress.finish()
     return subject
 

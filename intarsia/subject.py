@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -27,6 +27,7 @@ from intarsia.ir.sizes import names
 from intarsia.ir.types import TensorType
 from intarsia.models import base as models
 from intarsia.models.sampler import noise
+from intarsia.models.sampler_files import read_sampler
 from intarsia.passes.base import find_pass
 from intarsia.search.progress import Progress
 from intarsia.search.workload import Loop, Run, Together, Workload
@@ -96,6 +97,20 @@ def resolve(
         examples = _long_enough(inputs or found.inputs(), dynamic or {})
     program = trace_module(module, examples, static=found.static, dynamic=dynamic, name=found.name)
     return Subject(found.name, program if raw else clean(program), found)
+
+
+def with_sampler(subject: Subject, path: Path | None) -> Subject:
+    """The subject with the loop that a file describes (``models.sampler_files``); itself without a file.
+
+    Raises:
+        UsageError: The model has no loop, or the file describes none that is built.
+    """
+    if path is None:
+        return subject
+    model = subject.model
+    if model is None or model.sampler is None:
+        raise UsageError(f"--sampler {path}: {subject.name} has no denoising loop")
+    return replace(subject, model=replace(model, sampler=read_sampler(path, model.sampler)))
 
 
 def _long_enough(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> dict[str, Tensor]:
@@ -240,10 +255,7 @@ class _VideoWorkload:
         return list(range(every // 2, self._sampler.steps, every))
 
     def _asked(self, split: str) -> tuple[list[str], int]:
-        """A split's prompts and the seed of its noise; splits share neither, as far as there are enough prompts."""
-        place, known = SPLITS.index(split), self.model.prompts
-        count = SAMPLES[self.effort][split]
-        return [known[(self.seed + 16 * place + index) % len(known)] for index in range(count)], 3 * self.seed + place
+        return asked_of(self.model, split, SAMPLES[self.effort][split], self.seed)
 
     def _recorded(
         self, program: Program, split: str, steps: Sequence[int], progress: Progress
@@ -262,6 +274,17 @@ class _VideoWorkload:
 
         self._videos(cast("Denoise", denoiser(record, self.graph)), split, progress)
         return [recorded[step] for step in steps]
+
+
+def asked_of(model: models.Model, split: str, count: int, seed: int) -> tuple[list[str], int]:
+    """So many prompts of a split, and the seed of its noise; splits share neither, with three prompts or more.
+
+    Each split has a third of the prompts, which recur, with other noise, where more are asked for.
+    """
+    place, known = SPLITS.index(split), model.prompts
+    room = max(1, len(known) // len(SPLITS))
+    prompts = [known[(seed + room * place + index % room) % len(known)] for index in range(count)]
+    return prompts, len(SPLITS) * seed + place
 
 
 def video_shape(graph: Graph) -> tuple[int, ...]:
