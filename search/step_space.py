@@ -111,7 +111,7 @@ def space(steps: int, limit: float, seconds: Seconds, *, held: bool = False) -> 
     most = {
         kind: max(taken for policy, taken in kept.items() if policy.kind == kind) for kind in {p.kind for p in kept}
     }
-    return [policy for policy, taken in kept.items() if taken >= 0.8 * most[policy.kind]]
+    return [policy for policy, taken in kept.items() if taken >= 0.9 * most[policy.kind]]
 
 
 def quickest(steps: int, seconds: Seconds) -> float:
