@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from intarsia.backends.onnx import OnnxEngine
     from intarsia.ir.graph import Graph
     from intarsia.ir.program import Program
+    from intarsia.loop_data import Recorded
     from intarsia.search.quality import Quality
 
 MODEL, TARGET = "wan-mini", "cpu-avx2"
@@ -44,9 +45,6 @@ OPTIONS = {"w32a32": "keep", "w8a8": "w8a8", "w4a8": "w4a8", "w4a4": "w4a4"}
 
 SHARE = 0.5
 """Of the way from W4A4 to W8A8, in operations on bits: what a mix may take."""
-
-PROMPTS = 16
-"""That calibration sees, of 48; validation begins behind them, and held-out noise behind that."""
 
 RANGES = "minmax(widest=True)"
 
@@ -96,9 +94,8 @@ class _Bench:
 
         self.folder, self.quick, self.silent = folder, quick, Silent()
         subject, effort = subjects.resolve(MODEL), "quick" if quick else "default"
+        self.subject = subject
         self.program: Program = subject.program
-        assert subject.model is not None
-        self.model = subject.model
         self.target = load_target(TARGET)
         self.work = subjects.workload(subject, seed=0, effort=effort, progress=self.silent, record=False)
         self.held_out = subjects.workload(subject, seed=0, effort="quick", progress=self.silent, record=False)
@@ -164,35 +161,15 @@ class _Bench:
     @cached_property
     def _calls(self) -> list[tuple[Tensor, ...]]:
         """Calls of the float network, from all parts of the loop."""
-        return [call for _, calls in self._by_step for call in calls]
+        return [call.inputs for call in self._recorded]
 
     @cached_property
-    def _by_step(self) -> Sequence[tuple[int, Sequence[tuple[Tensor, ...]]]]:
-        """Calls of the float network by step: of many prompts, for ranges that two prompts show do not hold others."""
-        from intarsia.backends.by_step import TIMESTEP
-        from intarsia.backends.runner import denoiser
-        from intarsia.models.sampler import noise
-        from intarsia.subject import video_shape
+    def _recorded(self) -> Sequence[Recorded]:
+        """The same with their steps."""
+        from intarsia.loop_data import recorded
 
-        model, graph = self.model, self.program.graph
-        assert model.sampler is not None
-        assert model.condition is not None
-        at = [value.name for value in graph.inputs].index(TIMESTEP)
-        found: dict[int, list[tuple[Tensor, ...]]] = {}
-        timesteps, every = model.sampler.timesteps(), 20 if self.quick else 8
-        for index, prompt in enumerate(model.prompts[:PROMPTS]):
-
-            def record(*inputs: Tensor, index: int = index) -> tuple[Tensor, ...]:
-                told = float(inputs[at][0])
-                step = min(range(len(timesteps)), key=lambda number: abs(timesteps[number] - told))
-                # The ends too: what is told of the time must not leave the range that was seen.
-                if (step + index) % every == 0 or step in (0, self.loop.steps - 1):
-                    found.setdefault(step, []).append(tuple(tensor.clone() for tensor in inputs))
-                return self.float(*inputs)
-
-            start = noise(video_shape(graph), seed=0, count=1, first=index)
-            model.sampler.sample(denoiser(record, graph), start, model.condition([prompt]))
-        return sorted(found.items())
+        every, ends = 20 if self.quick else 8, (0, self.loop.steps - 1)
+        return recorded(self.subject, every=every, always=ends, seed=0, progress=self.silent, run=self.float)
 
     def _mixed(self) -> list[Graph]:
         """A graph for each phase, the bits of all phases chosen by one integer program."""
@@ -204,7 +181,7 @@ class _Bench:
         smoothed = self._smoothed("w4a8")
         graphs, layers, tied, errors = [], [], [], {}
         for number, (first, last) in enumerate(self._phases):
-            calls = [call for step, calls in self._by_step if first <= step <= last for call in calls]
+            calls = [call.inputs for call in self._recorded if first <= call.step <= last]
             graph = self._calibrated(smoothed, calls)
             offered = QuantizeInteger().choices(graph, self.target)
             groups = ties(graph)

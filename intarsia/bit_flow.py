@@ -21,6 +21,7 @@ from intarsia.ir.program import Program
 from intarsia.ir.sizes import names
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
+from intarsia.loop_data import PROMPTS, recorded
 from intarsia.search.bit_data import Data
 from intarsia.search.bit_search import search_bits
 from intarsia.search.bit_settings import BitSearch
@@ -30,11 +31,10 @@ from intarsia.search.loop_phases import step_ranges
 from intarsia.search.progress import Progress
 from intarsia.search.quality import Goal
 from intarsia.search.search import SearchResult
-from intarsia.search.workload import Workload
 from intarsia.timing import measured_layers
 
-RECORDED = 20
-"""Steps of each phase at which a loop's calls are kept: ranges of what is told the time differ from step to step."""
+EVERY = {"quick": 16, "default": 8, "full": 4}
+"""Of how many steps of a video one is looked at, by effort."""
 
 A_CALL = 16
 """Samples of one call where the graph leaves their number open."""
@@ -87,8 +87,10 @@ def searched_bits(
     if workload.loop is not None:
         if samples is not None:
             raise UsageError(f"{subject.name} has a loop of its own, whose calls it is measured on: leave --data out")
-        parts = _of_loop(workload, how.phases, progress)
-        facts: dict[str, object] = {"data": "calls of the model's loop, calibration noise"}
+        parts = parts_of_loop(subject, how.phases, effort=effort, seed=seed, progress=progress)
+        facts: dict[str, object] = {
+            "data": f"calls of the model's loop in {PROMPTS} videos of calibration prompts and noise"
+        }
     else:
         if samples is None:
             raise UsageError(
@@ -124,29 +126,31 @@ def searched_bits(
     return replace(found, plan=replace(found.plan, graph=subject.program.graph.fingerprint))
 
 
-def _of_loop(workload: Workload, phases: int, progress: Progress) -> tuple[Part, ...]:
-    """The phases with calls from evenly spread steps of each; half of the numbers of one call are guidance."""
-    loop = workload.loop
-    assert loop is not None
-    ranges = step_ranges(loop.steps, phases)
-    picked = [_spread(first, last) for first, last in ranges]
-    recorded = loop.record("calibration", [step for steps in picked for step in steps], progress)
-    calls = dict(zip((step for steps in picked for step in steps), recorded, strict=True))
-    return tuple(
-        Part(
-            Data([call for step in steps for call in calls[step]], squared=True),
+def parts_of_loop(
+    subject: subjects.Subject, phases: int, *, effort: str, seed: int, progress: Progress
+) -> tuple[Part, ...]:
+    """The phases of the loop of a model with a sampler, with calls of many prompts at some steps of each.
+
+    Half of the rows of one call are guidance.
+    """
+    assert subject.model is not None
+    assert subject.model.sampler is not None
+    steps = subject.model.sampler.steps
+    ranges = step_ranges(steps, phases)
+    ends = {step for range_ in ranges for step in range_}
+    calls = recorded(subject, every=EVERY[effort], always=ends, seed=seed, progress=progress)
+
+    def part(first: int, last: int) -> Part:
+        within = [call for call in calls if first <= call.step <= last]
+        return Part(
+            Data([call.inputs for call in within], squared=True),
             first,
             last if len(ranges) > 1 else None,
-            (last - first + 1) / loop.steps,
+            (last - first + 1) / steps,
+            Data([call.inputs for call in within if call.staggered], squared=True),
         )
-        for (first, last), steps in zip(ranges, picked, strict=True)
-    )
 
-
-def _spread(first: int, last: int) -> list[int]:
-    """At most ``RECORDED`` steps of a range, evenly spread, the first and the last among them."""
-    count = min(RECORDED, last - first + 1)
-    return sorted({first + round(number * (last - first) / max(1, count - 1)) for number in range(count)})
+    return tuple(part(*range_) for range_ in ranges)
 
 
 def _read(samples: Samples, graph: Graph) -> Data:

@@ -51,6 +51,7 @@ class Part:
 
     Attributes:
         data: Calls of the network in float; ranges are measured on all of them.
+        sample: Those that sensitivities are measured on some of, where the others are more of some steps; None for all.
         first: The first step.
         last: The last step; None for the loop's last.
         share: Of all steps.
@@ -60,6 +61,7 @@ class Part:
     first: int = 0
     last: int | None = None
     share: float = 1.0
+    sample: Data | None = None
 
 
 @dataclass
@@ -291,7 +293,7 @@ class BitStudy:
     def _errors(self, number: int) -> Perturbations:
         """What each option of each layer of a part costs; a layer that has no choice costs nothing."""
         offered, part = self.offered[number], self.parts[number]
-        data = _some(part.data, self.settled.samples, squared=self._squared)
+        data = _some(part.sample or part.data, self.settled.samples, squared=self._squared)
         nothing = {layer: {option: Estimate((0.0,)) for option in options} for layer, options in offered.items()}
         open_layers = [layer for layer, options in offered.items() if len(options) > 1]
         if self.how.sensitivity != GRIDS:
