@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from intarsia.backends.base import Backend, Built, require_support
 from intarsia.backends.elf import check_library
 from intarsia.backends.tvm_engine import TvmEngine
 from intarsia.backends.tvm_integers import CONSTANTS
+from intarsia.backends.tvm_sizes import TvmSizes, call_at, graph_at, sets_of_sizes
 from intarsia.backends.tvm_tuning import RECORDS, Tuning
 from intarsia.ir.errors import MissingEnvironment, QualityError, Unsupported
 from intarsia.ir.exported import export_program
@@ -43,12 +44,19 @@ class TvmBackend(Backend):
         trials: Measurements for each kernel in search of a faster schedule; 0 takes the one that suits the shape.
         database: Folder of schedules that were measured before; they are applied again, and what ``trials`` adds is
             stored there.
+        sizes: For how many values of its one named size a graph is compiled, evenly spread up to the largest, a library
+            each (``model.16.so``); 0 refuses named sizes.
     """
 
     name: ClassVar[str] = "tvm"
     passes: ClassVar[tuple[str, ...]] = ("fuse-kernels(everywhere=True)", "blend-means")
     trials: int = 0
     database: str = ""
+    sizes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sizes < 0:
+            raise ValueError(f"sizes is {self.sizes}; it is how many values of a named size there are, or 0 for none")
 
     def why_not_target(self, target: Target) -> str | None:
         """None for x86-64 CPUs and NVIDIA GPUs."""
@@ -61,13 +69,14 @@ class TvmBackend(Backend):
 
     def why_not(self, node: Node, graph: Graph, target: Target) -> str | None:
         """None, or that an operator has no lowering, an element type no kernels, or a size no number."""
+        node, graph = call_at(node, graph, sets_of_sizes(graph, self.sizes)[-1])
         if reason := _type_refusal(node, graph):
             return reason
         if reason := _argument_refusal(node, graph):
             return reason
         if node.op == "intarsia.integers":
             return None  # needs no input, so it has run before anything is built
-        if node.op == "intarsia.block_sparse_attention" and target.kind != "cpu":
+        if node.op in {"intarsia.block_sparse_attention", "aten.index_copy"} and target.kind != "cpu":
             return "its kernel is for CPUs; for a GPU use backend triton or tensorrt"
         try:
             inputs = tuple((name, graph.type(name)) for name in dict.fromkeys(node.inputs))
@@ -83,35 +92,46 @@ class TvmBackend(Backend):
         require_support(self, program.graph, target)
         import tvm
 
-        from intarsia.backends.tvm_cuda import build_library
+        tuning = self._tuning(target)
+        files: list[str] = []
+        for sizes in sets_of_sizes(program.graph, self.sizes):
+            fixed = Program(graph_at(program.graph, sizes), program.weights)
+            names = [_named(name, sizes) for name in (LIBRARY, FACTS)]
+            self._build(fixed, target, folder / names[0], tuning)
+            facts = {
+                "kind": target.kind,
+                "architecture": target.architecture,
+                "inputs": [[value.name, str(value.type)] for value in fixed.graph.inputs],
+            }
+            (folder / names[1]).write_text(json.dumps(facts, indent=2) + "\n")
+            files += names
+        if tuning:
+            tuning.save(folder)
+        files += [name for name in RECORDS if (folder / name).exists()]
+        return Built(tuple(files), {"architecture": target.architecture, "tvm": tvm.__version__})
 
+    def _tuning(self, target: Target) -> Tuning | None:
+        """What gives a CPU's kernels their loops."""
         if target.kind == "cuda":
-            build_library(program, target.architecture, folder / LIBRARY)
-        else:
-            self._build_for_cpu(program, target.architecture, folder)
-        facts = {
-            "kind": target.kind,
-            "architecture": target.architecture,
-            "inputs": [[value.name, str(value.type)] for value in program.graph.inputs],
-        }
-        (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-        kept = tuple(name for name in RECORDS if (folder / name).exists())
-        return Built((LIBRARY, FACTS, *kept), {"architecture": target.architecture, "tvm": tvm.__version__})
-
-    def _build_for_cpu(self, program: Program, architecture: str, folder: Path) -> None:
-        import tvm
-
-        from intarsia.backends.tvm_library import compiled, find_compiler, link
-        from intarsia.backends.tvm_lowering import relax_module
+            return None
+        from intarsia.backends.tvm_library import find_compiler
 
         find_compiler()
-        machine = tvm.target.Target({"kind": "llvm", "mcpu": architecture})
-        tuning = Tuning(machine, self.trials, Path(self.database) if self.database else None)
-        link(compiled(relax_module(program), machine, tuning.schedule), folder / LIBRARY)
-        tuning.save(folder)
+        return Tuning(_machine(target), self.trials, Path(self.database) if self.database else None)
 
-    def load(self, folder: Path, files: Sequence[str]) -> TvmEngine:
-        """The library in this process, its machine code ready to run.
+    def _build(self, program: Program, target: Target, path: Path, tuning: Tuning | None) -> None:
+        """Compile and link one library; as CUDA's where there is no tuning."""
+        from intarsia.backends.tvm_cuda import build_library
+        from intarsia.backends.tvm_library import compiled, link
+        from intarsia.backends.tvm_lowering import relax_module
+
+        if tuning is None:
+            build_library(program, target.architecture, path)
+            return
+        link(compiled(relax_module(program), _machine(target), tuning.schedule), path)
+
+    def load(self, folder: Path, files: Sequence[str]) -> TvmEngine | TvmSizes:
+        """The library in this process, its machine code ready to run, or one for each of several sizes.
 
         Raises:
             MissingEnvironment: TVM is not installed, or this CPU lacks instructions that the library uses.
@@ -119,19 +139,23 @@ class TvmBackend(Backend):
         """
         _require_tvm()
         self.check(folder, files)
-        return TvmEngine(folder / LIBRARY, _facts(folder))
+        engines = [TvmEngine(path, _facts(path)) for path in _libraries(folder, files)]
+        return engines[0] if len(engines) == 1 else TvmSizes(engines)
 
     def check(self, folder: Path, files: Sequence[str]) -> str:
-        """That the library is whole, for x86-64, and has TVM's entry points."""
-        facts = _facts(folder)
-        symbols = check_library(folder / LIBRARY)
+        """That each library is whole, for x86-64, and has TVM's entry points."""
+        return "; ".join(self._check(path) for path in _libraries(folder, files))
+
+    def _check(self, path: Path) -> str:
+        facts = _facts(path)
+        symbols = check_library(path)
         kernels = sum(name.startswith("__tvm_ffi_") for name in symbols)
         if not kernels:
-            raise QualityError(f"{folder / LIBRARY} holds no kernel of TVM's; build the engine again")
+            raise QualityError(f"{path} holds no kernel of TVM's; build the engine again")
         if facts["kind"] == "cuda":
             from intarsia.backends.tvm_cuda import check_code
 
-            pieces = check_code(folder / LIBRARY, str(facts["architecture"]))
+            pieces = check_code(path, str(facts["architecture"]))
             return f"ELF library with {kernels} entry points and {pieces} cubin for {facts['architecture']}"
         return f"ELF library for {facts['architecture']} with {kernels} entry points"
 
@@ -146,7 +170,8 @@ def _type_refusal(node: Node, graph: Graph) -> str | None:
         if type_.dtype == "f64" and (node.op.startswith("intarsia.") or node.op == "aten.rms_norm"):
             return "its kernel computes in f32, not in f64; use f32"
         if free := sorted({name for dim in type_.shape if isinstance(dim, str) for name in names(dim)}):
-            return f"size {', '.join(free)} is not fixed, and kernels are tiled for one size; trace without --dynamic"
+            what = f"size {', '.join(free)} is not fixed, and kernels are tiled for one size"
+            return f"{what}; trace without --dynamic, or have tvm(sizes=4) compile four values of a single size"
     return None
 
 
@@ -166,8 +191,27 @@ def _argument_refusal(node: Node, graph: Graph) -> str | None:
     return None
 
 
-def _facts(folder: Path) -> dict[str, object]:
-    path = folder / FACTS
+def _machine(target: Target) -> Any:
+    import tvm
+
+    return tvm.target.Target({"kind": "llvm", "mcpu": target.architecture})
+
+
+def _named(file: str, sizes: Mapping[str, int]) -> str:
+    """The file's name for a set of sizes: ``model.16.so``."""
+    stem, _, suffix = file.partition(".")
+    return ".".join([stem, *map(str, sizes.values()), suffix])
+
+
+def _libraries(folder: Path, files: Sequence[str]) -> list[Path]:
+    """The libraries among an engine's files, smallest sizes first."""
+    found = [folder / name for name in files if name.endswith(".so")]
+    return sorted(found, key=lambda path: (len(path.name), path.name)) or [folder / LIBRARY]
+
+
+def _facts(library: Path) -> dict[str, object]:
+    """What is written beside a library: its machine and its inputs."""
+    path = library.with_suffix(".json")
     try:
         facts: dict[str, object] = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -36,6 +36,7 @@ class Converters:
         self.constants: dict[str, Tensor] = {name: tensors[path].detach() for name, path in stored.items()}
         self.channels_last: dict[torch.fx.Node, Any] = {}
         self.heads_beside: dict[torch.fx.Node, Any] = {}
+        self.places: dict[tuple[torch.fx.Node, int], Any] = {}
 
     def by_operator(self) -> dict[str, Callable[..., Any]]:
         """What the importer calls for a node, by the operator's name."""
@@ -348,6 +349,19 @@ class Converters:
         return made if bias is None else _add(importer, made, importer.env[bias])
 
 
+    def index_copy(self, node: torch.fx.Node, importer: Any) -> Any:
+        """Rows written at places of an axis, which are looked up once for all that are written at the same ones."""
+        given = nodes.arguments(node)
+        shape = nodes.shape(node)
+        axis = given["dim"] % len(shape)
+        key = (given["index"], shape[axis])
+        if key not in self.places:
+            found = partial(tvm_operators.places, count=shape[axis])
+            self.places[key] = _emit(importer, found, importer.env[given["index"]])
+        values = (importer.env[given[name]] for name in ("self", "source"))
+        return _emit(importer, partial(tvm_operators.index_copy, axis=axis), *values, self.places[key])
+
+
 def _emit(importer: Any, function: Callable[..., Any], *args: Any) -> Any:
     whole = getattr(function, "func", function)
     return importer.block_builder.emit_te(function, *args, primfunc_name_hint=whole.__name__)
@@ -424,6 +438,7 @@ OWN: Mapping[str, tuple[str, dict[str, Any]]] = {
     },
     **{f"{name}.default": ("integer", {"of": of}) for name, of in tvm_islands.OPERATORS.items()},
     "cat.default": ("concatenated", {}),
+    "index_copy.default": ("index_copy", {}),
     "conv2d_i8i8.default": ("integer_convolution", {"of": tvm_integers.OPERATORS["conv2d_i8i8"]}),
     "linear_i8.default": ("weight_only", {"of": tvm_integers.OPERATORS["linear_i8"]}),
     "linear_i4.default": ("weight_only", {"of": tvm_integers.OPERATORS["linear_i4"]}),

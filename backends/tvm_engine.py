@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,19 @@ class TvmEngine(Engine):
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """What the library answers; UsageError for inputs of another number, type or shape."""
-        found = [str(TensorType(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))) for tensor in inputs]
-        if found != [type_ for _, type_ in self._inputs]:
-            takes = ", ".join(f"{name}: {type_}" for name, type_ in self._inputs)
-            raise UsageError(f"the engine takes {takes}; found {', '.join(found) or 'nothing'}")
+        if reason := self.why_not(inputs):
+            raise UsageError(reason)
         given = (self._tensor(tensor.detach().contiguous().numpy(), self._device) for tensor in inputs)
         answers = self._main(*given)
         return tuple(torch.from_numpy(answer.numpy()) for answer in answers)
+
+    def why_not(self, inputs: Sequence[Tensor]) -> str | None:
+        """Which types and shapes it takes, and which these are; None if it takes them."""
+        found = [str(TensorType(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))) for tensor in inputs]
+        if found == [type_ for _, type_ in self._inputs]:
+            return None
+        takes = ", ".join(f"{name}: {type_}" for name, type_ in self._inputs)
+        return f"the engine takes {takes}; found {', '.join(found) or 'nothing'}"
 
     @property
     def device(self) -> str:

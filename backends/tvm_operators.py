@@ -119,3 +119,27 @@ def elementwise(input: Any, *, of: Callable[[Any], Any], name: str) -> Any:
     from tvm import te
 
     return te.compute(input.shape, lambda *i: of(input[i]), name=name)
+
+
+def places(index: Any, *, count: int) -> Any:
+    """Which entry of ``index`` (A) names each of ``count`` places of an axis, the last if several; -1 if none."""
+    from tvm import te, tirx
+
+    entry = te.reduce_axis((0, int(index.shape[0])), "entry")
+
+    def named(place: Any) -> Any:
+        return te.max(tirx.Select(index[entry] == place.astype("int64"), entry.var.astype("int32"), -1), axis=entry)
+
+    return te.compute((count,), named, name="places")
+
+
+def index_copy(whole: Any, rows: Any, places: Any, *, axis: int) -> Any:
+    """``whole`` with ``rows`` in their places along ``axis``."""
+    from tvm import te, tirx
+
+    def written(*index: Any) -> Any:
+        place = places[index[axis]]
+        row = rows[(*index[:axis], place, *index[axis + 1 :])]
+        return tirx.if_then_else(place >= 0, row, whole[index])
+
+    return te.compute(whole.shape, written, name="index_copy")

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from intarsia.allocated import AllocatedEngine, denoising, loop_timing
+from intarsia.allocated import AllocatedEngine, denoising, loop_timing, step_inputs
 from intarsia.backends.base import Backend, Engine, find_backend
 from intarsia.backends.null import NullEngine
 from intarsia.backends.onnx_states import OnnxStates
 from intarsia.backends.runner import denoiser
 from intarsia.ir.allocation import Allocation
+from intarsia.ir.errors import Unsupported, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program, example_inputs, materialize
@@ -112,3 +113,44 @@ def test_a_plan_says_how_many_buckets_there_are_and_steps_are_timed_in_them(smal
     assert engine.buckets == 4
     loop_timing(engine, example_inputs(small.graph), repeats=1)
     assert set(counted.counts) == {64, 48}
+
+
+ENGINES = [
+    pytest.param(("onnx", "cpu-avx2", "onnxruntime", "load"), id="onnx"),
+    pytest.param(("triton", "h100", "triton", "load_reference"), id="triton"),
+    pytest.param(("tensorrt(engine=False)", "h100", "onnxruntime", "load_reference"), id="tensorrt"),
+    pytest.param(("tvm(sizes=2)", "cpu-avx2", "tvm", "load"), id="tvm"),
+]
+
+
+@pytest.mark.parametrize("way", ENGINES)
+def test_every_backend_computes_all_tokens_and_half_of_them_as_the_eager_graph_does(
+    way: tuple[str, str, str, str], small: Program, tmp_path: Path
+) -> None:
+    name, target, package, load = way
+    pytest.importorskip(package)
+    backend, made = find_backend(name), stepped(small, target, caches="linear")
+    engine = getattr(backend, load)(tmp_path, build(made, backend, target, tmp_path))
+    eager = made.module()
+    for count in (64, 32):
+        given = step_inputs(made.graph, example_inputs(small.graph), count, run=eager)
+        with torch.no_grad():
+            expected = eager(*given)
+        for found, answer in zip(engine(*given), expected, strict=True):
+            assert torch.allclose(found, answer, rtol=1e-4, atol=1e-4)
+    if name.startswith("tvm"):
+        with pytest.raises(UsageError, match=r"none of 2 libraries .* active-tokens\(buckets=2\) fills"):
+            engine(*step_inputs(made.graph, example_inputs(small.graph), 21))
+
+
+def test_tensorrt_builds_an_engine_whose_profile_takes_any_number_of_tokens(small: Program, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    backend = find_backend("tensorrt")
+    files = build(stepped(small, "rtx4090", caches="held"), backend, "rtx4090", tmp_path)
+    assert backend.check(tmp_path, files)
+
+
+def test_tvm_says_what_compiles_a_named_size(small: Program, tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    with pytest.raises(Unsupported, match=r"have tvm\(sizes=4\) compile four values of a single size"):
+        build(stepped(small, "cpu-avx2", caches="held"), find_backend("tvm"), "cpu-avx2", tmp_path)
