@@ -85,7 +85,10 @@ class Stateful(Engine):
 
 
 class Carried(Stateful):
-    """Anything that is called like an engine, given as inputs what it gave as outputs; arguments as ``stateful``'s."""
+    """Anything that is called like an engine, given as inputs what it gave as outputs; arguments as ``stateful``'s.
+
+    What is kept stays where the call leaves it, such as on a GPU; other outputs come to the CPU.
+    """
 
     def __init__(
         self,
@@ -94,8 +97,9 @@ class Carried(Stateful):
         *,
         inputs: Sequence[int],
         outputs: Sequence[int],
+        device: str = "CPU",
     ) -> None:
-        self._engine, self._inputs, self._outputs = engine, inputs, outputs
+        self._engine, self._inputs, self._outputs, self._device = engine, inputs, outputs, device
         self._kept = tuple(values)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -104,7 +108,7 @@ class Carried(Stateful):
         places = range(len(inputs) + len(kept))
         answer = self._engine(*(kept[place] if place in kept else next(others) for place in places))
         self._kept = tuple(answer[place] for place in self._outputs)
-        return tuple(value for place, value in enumerate(answer) if place not in self._outputs)
+        return tuple(value.cpu() for place, value in enumerate(answer) if place not in self._outputs)
 
     def clear(self) -> None:
         """Keep zeros."""
@@ -118,7 +122,7 @@ class Carried(Stateful):
     @property
     def device(self) -> str:
         """The engine's."""
-        return self._engine.device if isinstance(self._engine, Engine) else "CPU"
+        return self._engine.device if isinstance(self._engine, Engine) else self._device
 
 
 @dataclass(frozen=True)

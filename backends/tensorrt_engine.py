@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.backends.base import Engine
+from intarsia.backends.base import Carried, Engine, Stateful
 from intarsia.backends.tensorrt_build import package
 from intarsia.ir.errors import MissingEnvironment, UsageError
 
@@ -45,6 +45,15 @@ class TensorrtEngine(Engine):
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """What the engine answers, on the CPU; UsageError for inputs of another number, type or shape."""
         return tuple(output.cpu() for output in self.enqueue([tensor.cuda() for tensor in inputs]))
+
+    def stateful(self, values: Sequence[Tensor], *, inputs: Sequence[int], outputs: Sequence[int]) -> Stateful:
+        """The engine with these inputs kept on the GPU, where outputs are written into memory of their own."""
+
+        def run(*given: Tensor) -> tuple[Tensor, ...]:
+            return self.enqueue([tensor.cuda() for tensor in given])
+
+        kept = [value.cuda() for value in values]
+        return Carried(run, kept, inputs=inputs, outputs=outputs, device=self.device)
 
     def enqueue(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Start the engine on tensors on the GPU, on the current stream; gives tensors on the GPU."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from intarsia import kernels
-from intarsia.backends.base import Engine
+from intarsia.backends.base import Carried, Engine, Stateful
 from intarsia.backends.driver import Function, Interface
 from intarsia.backends.triton_files import Manual
 from intarsia.ir.errors import InvalidGraph, UsageError
@@ -66,17 +66,26 @@ class TritonEngine(Engine):
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run once; inputs and outputs are on the CPU. UsageError for inputs of another number, type or shape."""
+        return tuple(answer.cpu() for answer in self._answers(*inputs))
+
+    def stateful(self, values: Sequence[Tensor], *, inputs: Sequence[int], outputs: Sequence[int]) -> Stateful:
+        """The engine with these inputs kept on the GPU."""
+        kept = [value.to(self._device) for value in values]
+        return Carried(self._answers, kept, inputs=inputs, outputs=outputs, device=self.device)
+
+    def _answers(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs on the GPU, of inputs that lie anywhere; those of a recording change with its next replay."""
         sizes = _sizes(self._graph, inputs)
         with torch.no_grad(), torch.cuda.device(self._device):
             if not self._record or self._unrecorded:
-                return tuple(answer.cpu() for answer in self._run([x.to(self._device) for x in inputs], sizes))
+                return self._run([x.to(self._device) for x in inputs], sizes)
             recording = self._recorded(inputs, sizes)
             if recording is None:
-                return self(*inputs)
+                return self._answers(*inputs)
             for mine, given in zip(recording.inputs, inputs, strict=True):
                 mine.copy_(given)
             recording.graph.replay()
-            return tuple(answer.cpu() for answer in recording.outputs)
+            return recording.outputs
 
     @property
     def device(self) -> str:
