@@ -36,6 +36,9 @@ from intarsia.timing import measured_layers
 EVERY = {"quick": 16, "default": 8, "full": 4}
 """Of how many steps of a video one is looked at, by effort."""
 
+A_PHASE = {"quick": 4, "default": 16, "full": 32}
+"""Calibration samples of each phase of a loop that sensitivities are measured on, by effort; a call has two."""
+
 A_CALL = 16
 """Samples of one call where the graph leaves their number open."""
 
@@ -87,6 +90,7 @@ def searched_bits(
     if workload.loop is not None:
         if samples is not None:
             raise UsageError(f"{subject.name} has a loop of its own, whose calls it is measured on: leave --data out")
+        how = replace(how, samples=how.samples or A_PHASE[effort])
         parts = parts_of_loop(subject, how.phases, effort=effort, seed=seed, progress=progress)
         facts: dict[str, object] = {
             "data": f"calls of the model's loop in {PROMPTS} videos of calibration prompts and noise"

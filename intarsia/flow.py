@@ -295,7 +295,7 @@ def export(
         segments=parts,
         inputs=export_inputs(subject, made.first),
         sampler=loop.to_json() if loop else None,
-        predicted=predicted(subject, made, plan, machine),
+        predicted=predicted(subject, made, plan, machine, backends=[builder.name for builder in builders]),
         command=command,
         config=config or {},
         evidence=lambda chosen: evidence(

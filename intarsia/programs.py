@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from intarsia.allocated import allocation_of
 from intarsia.backends.by_step import require_phases
@@ -19,6 +20,7 @@ from intarsia.ir.types import TensorType
 from intarsia.models.sampler import FlowMatchEuler
 from intarsia.passes.active_inputs import StepInputs
 from intarsia.passes.apply import apply, cutting, segments
+from intarsia.search.bit_counts import packing_saves
 from intarsia.search.roofline import Prediction, predict
 from intarsia.search.step_memory import require_room
 from intarsia.subject import Subject, smallest_sizes
@@ -99,12 +101,32 @@ def plan_ranges(subject: Subject, plan: Plan, *, programs: list[int] | None = No
     return ranges
 
 
-def predicted(subject: Subject, made: Programs, plan: Plan | None, target: Target) -> dict[str, object]:
+PACKING = frozenset({"onnx"})
+"""Backends whose files hold weights of four bits two a byte; the others' hold one a byte."""
+
+
+def predicted(
+    subject: Subject, made: Programs, plan: Plan | None, target: Target, *, backends: Sequence[str]
+) -> dict[str, object]:
     """Seconds a call and weight bytes that the cost model gives the unchanged model and the planned one.
 
     With phases, and where steps compute some of the tokens or a segment runs once for each prompt, the seconds are the
-    mean over the loop's steps; a weight of several programs counts once.
+    mean over the loop's steps; a weight of several programs counts once. Weights of four bits count as the files of
+    ``backends`` hold them, ``four_bits`` says how: two a byte where all of these pack them.
     """
+    facts = _predicted(subject, made, plan, target)
+    saved = packing_saves(made.programs.values())
+    if not saved:
+        return facts
+    plain = [name for name in backends if name not in PACKING]
+    if plain:
+        return facts | {"four_bits": f"a weight of four bits takes a byte in the files of {', '.join(plain)}"}
+    held = cast("int", facts["bytes"]) - saved
+    return facts | {"bytes": held, "four_bits": "weights of four bits are two a byte in the file"}
+
+
+def _predicted(subject: Subject, made: Programs, plan: Plan | None, target: Target) -> dict[str, object]:
+    """The same with every weight in the bytes of its element type."""
     sizes = smallest_sizes(subject.program.graph)
     before = predict(subject.program.graph, target, sizes)
     if StepInputs.of(made.first.graph) or allocation_of(plan) is not None:

@@ -324,7 +324,8 @@ def bundled(bundle: Bundle) -> tuple[dict[str, object], Lines]:
     if "baseline_bytes" in predicted:
         before, after = predicted["baseline_bytes"], predicted["bytes"]
         change = f"{size(before)}, as before" if before == after else f"{size(before)} to {size(after)}"
-        lines.append(f"weights    {change}" + ("" if before == after else f", {growth(before, after)}"))
+        told = f"; {predicted['four_bits']}" if "four_bits" in predicted else ""
+        lines.append(f"weights    {change}" + ("" if before == after else f", {growth(before, after)}") + told)
         lines.append(f"predicted  {_faster(predicted['baseline_seconds'], predicted['seconds'])} on {target}")
     if "engine" in measured and "eager" in measured:
         timing = _faster(measured["eager"]["seconds"], measured["engine"]["seconds"])

@@ -8,7 +8,7 @@ from math import fsum, prod
 
 from intarsia.ir.errors import UsageError
 from intarsia.ir.graph import Graph, Node, Ref
-from intarsia.ir.program import split_constant
+from intarsia.ir.program import Program, split_constant
 from intarsia.ir.sizes import evaluate
 from intarsia.search.bit_layers import Layer, Problem, bits
 from intarsia.search.work import CONVOLUTIONS, node_work
@@ -17,6 +17,9 @@ FIRST_AND_LAST = "w8a8"
 """The bits of the first and the last layer, whatever the others have. Source: HAWQ-V3, section 4."""
 
 MEBIBYTE = 2.0**20
+
+PRODUCTS = ("intarsia.linear_i8i8", "intarsia.conv2d_i8i8")
+"""What layers in integers are lowered to."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,20 @@ def size_mib(found: Iterable[Count], chosen: Mapping[str, str]) -> float:
 def bops(found: Iterable[Count], chosen: Mapping[str, str]) -> float:
     """Operations on bits of one call: weight bits x activation bits x multiply-adds, summed over the layers."""
     return fsum(prod(bits(chosen[count.name])) * count.macs for count in found)
+
+
+def packing_saves(programs: Iterable[Program]) -> int:
+    """Bytes that weights of integer products lose where those whose codes fit in four bits are two a byte.
+
+    Programs are lowered and materialized; a weight that several of them have under one name counts once.
+    """
+    codes = {
+        name: program.weights[name]
+        for program in programs
+        for name in (node.ref("weight") for node in program.graph.find(*PRODUCTS))
+        if name in program.weights and not program.weights[name].is_meta
+    }
+    return sum(one.numel() // 2 for one in codes.values() if bool(((one >= -8) & (one <= 7)).all()))
 
 
 def problem(

@@ -33,6 +33,7 @@ def errors_on_grids(
     journal: Journal,
     guide: Callable[[Tensor], Tensor] | None = None,
     progress: Progress | None = None,
+    phase: str = "layers on grids",
 ) -> Perturbations:
     """How far each option of each group alone moves the first output, by layer: a group's, in equal parts.
 
@@ -46,6 +47,7 @@ def errors_on_grids(
         data: Labels are not looked at.
         journal: What was measured before, and where measurements go; a call of an option is one entry.
         guide: What is kept of the rows of an output, a linear function.
+        phase: What progress calls this.
 
     Raises:
         QualityError: The answer is not finite.
@@ -53,13 +55,15 @@ def errors_on_grids(
     told = progress or Silent()
     asked = [(group, option) for group, offered in options.items() for option in offered]
     found: dict[tuple[Group, str], list[float]] = {key: [] for key in asked}
-    differences = {key: difference(base.graph, change(*key)) for key in asked}
-    told.start("layers on grids", len(asked) * len(data.batches))
+    differences: dict[tuple[Group, str], Difference] = {}
+    told.start(phase, len(asked) * len(data.batches))
     measuring = _Measuring(base, data.squared, guide, journal)
     for number, batch in enumerate(data.batches):
         call = measuring.call(batch)
-        for (group, option), changed in differences.items():
-            found[group, option] += call(changed, f"%{group[0]} at {option}, batch {number}")
+        for group, option in asked:
+            if number == 0:  # here, so that progress is shown while changed graphs are made
+                differences[group, option] = difference(base.graph, change(group, option))
+            found[group, option] += call(differences[group, option], f"%{group[0]} at {option}, batch {number}")
             told.advance(note=f"{group[0]} {option}")
     told.finish()
     return {

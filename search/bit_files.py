@@ -81,17 +81,23 @@ def read_limits(texts: Sequence[str], problem: Problem) -> dict[str, float]:
 
 def read_limit(value: str, measure: str, problem: Problem, *, where: str) -> float:
     """``0.5``, a share of the problem's extent, or ``6.5MiB``; UsageError beginning with ``where`` if it is neither."""
+    number, unit = limit_of(value, measure, where=where)
+    if unit:
+        return number * unit
+    fewest, most = problem.extent(measure)
+    return fewest * (1 - number) + most * number
+
+
+def limit_of(value: str, measure: str, *, where: str) -> tuple[float, float | None]:
+    """The number and what its unit stands for, None for a share, which needs none; UsageError if it is neither."""
     units = UNITS[measure]
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d+))?\s*([A-Za-z]*)", value.strip())
     if found is None or (found[3] and found[3] not in units):
         raise UsageError(f"{where}: expected a fraction such as 0.5, or a number with {', '.join(units)}")
     number = float(f"{found[1]}e{found[2] or 0}")
-    if found[3]:
-        return number * units[found[3]]
-    if number > 1:
+    if number > 1 and not found[3]:
         raise UsageError(f"{where}: a number without a unit is a fraction from 0 to 1; units: {', '.join(units)}")
-    fewest, most = problem.extent(measure)
-    return fewest * (1 - number) + most * number
+    return number, units[found[3]] if found[3] else None
 
 
 def _faults(data: Mapping[str, object]) -> Iterator[str]:

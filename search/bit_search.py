@@ -22,6 +22,7 @@ from intarsia.search.bit_layers import MEASURES, bits
 from intarsia.search.bit_seconds import Price
 from intarsia.search.bit_settings import BitSearch
 from intarsia.search.bit_study import LOWER, BitStudy, Part
+from intarsia.search.bits import solve
 from intarsia.search.estimate import Estimate
 from intarsia.search.journal import Journal
 from intarsia.search.progress import Progress, Silent
@@ -160,7 +161,9 @@ class _Search:
     def _decided(self) -> tuple[Chosen, Trial | None]:
         """The choice, and what was measured of its whole answers."""
         study = self.study
-        limits = study.limits  # measures sensitivities
+        if limits := study.limits:
+            solve(study.unmeasured, limits)  # refused before anything is measured where nothing keeps them
+        _ = study.errors  # measured here, where time may run out
         if self.goal is None or limits:
             self.best = study.solve(limits) if limits else self._most
             trial = self._measured(self.best) if self._loop else None

@@ -11,12 +11,11 @@ from intarsia.passes.lower_integer import LowerInteger
 from intarsia.passes.quantize_integer import QuantizeInteger
 from intarsia.passes.quantize_integer_layers import KEEP
 from intarsia.passes.quantize_integer_ranges import take_ranges
+from intarsia.search.bit_counts import PRODUCTS
 from intarsia.search.roofline import node_cost
 
 Price = Callable[[Node, Program], float]
 """Measured seconds of one call of a program whose weights are computed."""
-
-PRODUCTS = ("intarsia.linear_i8i8", "intarsia.conv2d_i8i8")
 
 
 def layer_seconds(

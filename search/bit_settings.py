@@ -7,7 +7,7 @@ from typing import cast
 
 from intarsia.ir.spec import spec_of
 from intarsia.passes.quantize_integer_layers import BITS, KEEP
-from intarsia.search.bit_files import UNITS, read_limit
+from intarsia.search.bit_files import UNITS, limit_of, read_limit
 from intarsia.search.bit_layers import MEASURES, Problem
 from intarsia.search.bit_sensitivity import METHODS
 from intarsia.search.calibration import find_method
@@ -26,6 +26,8 @@ COSTS = ("predicted", "measured")
 class BitSearch:
     """How bits of layers are searched; ``bits(bops=0.5)``. Without a limit every layer has eight bits.
 
+    UsageError for a limit that is no share and no value with a unit.
+
     Attributes:
         size: Limit on bytes of weights: a share of the way from the fewest bits of all layers to the most, or text with
             a unit such as '6.5MiB'. Over phases, each of which has weights of its own, their sum.
@@ -39,7 +41,7 @@ class BitSearch:
         sensitivity: What bits cost in accuracy: ``grids`` measures the network with a layer's weights and input
             rounded; ``hessian``, ``fisher`` and ``output`` look at weights alone.
         samples: Calibration samples that sensitivities are measured on, in calls evenly spread over those given; 0 for
-            64, or 16 of each phase of a loop.
+            64, or by effort 4, 16 or 32 of each phase of a loop.
         smooth: Bits, such as 'w4a8', for which what linear layers read is smoothed before it is calibrated; ``no`` for
             none; ``auto`` smooths for a loop, for inputs of eight bits.
         outputs: Whether the network's first output are scores of ``classes`` or ``numbers``; ``auto`` takes an output
@@ -65,6 +67,8 @@ class BitSearch:
         for measure in MEASURES:
             if not isinstance(getattr(self, measure), float | int | str | None):
                 raise ValueError(f"{measure} is a share such as 0.5, or text such as '6{next(iter(UNITS[measure]))}'")
+        for measure, value in self.asked.items():
+            limit_of(str(value), measure, where=_where(measure, value))
         if not set(self.offered) & BITS.keys() or set(self.offered) - {KEEP, *BITS}:
             raise ValueError(f"options is {self.options!r}; it is some of {','.join(BITS)}, and keep beside them")
         for method in (self.narrow, *([] if self.ranges == AUTO else [self.ranges])):
@@ -108,11 +112,15 @@ class BitSearch:
         return {measure: value for measure, value in found.items() if value is not None}
 
     def limits(self, problem: Problem) -> dict[str, float]:
-        """The limits in bytes, operations and seconds; UsageError for one that is no share and no value with a unit."""
+        """The limits in bytes, operations and seconds."""
         return {
-            measure: read_limit(str(value), measure, problem, where=f"strategy bits: {measure}={value}")
+            measure: read_limit(str(value), measure, problem, where=_where(measure, value))
             for measure, value in self.asked.items()
         }
 
     def __str__(self) -> str:
         return str(spec_of("bits", self))
+
+
+def _where(measure: str, value: float | str) -> str:
+    return f"strategy bits: {measure}={value}"

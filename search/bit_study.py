@@ -211,16 +211,17 @@ class BitStudy:
     @cached_property
     def problem(self) -> Problem:
         """The integer program's problem: all layers of all parts that can be in integers."""
-        layers: list[Layer] = []
-        for number, part in enumerate(self.parts):
-            for count in self.counts:
-                if count.name in self.offered[number]:
-                    layers.append(self._layer(number, part, count))
-        numbers = {layer.name: place for place, layer in enumerate(layers)}
-        tied = [
-            [self.name(number, layer) for layer in group] for number, ties in enumerate(self.ties) for group in ties
-        ]
-        return Problem(tuple(layers), tuple(tuple(numbers[name] for name in group) for group in tied))
+        return self._problem(self.errors)
+
+    @cached_property
+    def unmeasured(self) -> Problem:
+        """The same without perturbations: what limits mean, and whether anything keeps them, is known from it."""
+        nothing = {
+            self.name(number, layer): dict.fromkeys(options, Estimate((0.0,)))
+            for number, offered in enumerate(self.offered)
+            for layer, options in offered.items()
+        }
+        return self._problem(nothing)
 
     @cached_property
     def counts(self) -> tuple[Count, ...]:
@@ -234,9 +235,9 @@ class BitStudy:
         """The problem whose extent shares are taken of: integers alone."""
         layers = tuple(
             replace(layer, perturbation={o: cost for o, cost in layer.perturbation.items() if o != FLOAT} or {FLOAT: 0})
-            for layer in self.problem.layers
+            for layer in self.unmeasured.layers
         )
-        return Problem(layers, self.problem.ties)
+        return Problem(layers, self.unmeasured.ties)
 
     @property
     def limits(self) -> dict[str, float]:
@@ -279,14 +280,27 @@ class BitStudy:
         ranges = Step(CALIBRATE, self.ranges(number, decided))
         return *self.before, ranges, Step(QUANTIZE, decided), Step(LOWER)
 
-    def _layer(self, number: int, part: Part, count: Count) -> Layer:
+    def _problem(self, errors: Perturbations) -> Problem:
+        layers = tuple(
+            self._layer(number, part, count, errors)
+            for number, part in enumerate(self.parts)
+            for count in self.counts
+            if count.name in self.offered[number]
+        )
+        numbers = {layer.name: place for place, layer in enumerate(layers)}
+        tied = (
+            [self.name(number, layer) for layer in group] for number, ties in enumerate(self.ties) for group in ties
+        )
+        return Problem(layers, tuple(tuple(numbers[name] for name in group) for group in tied))
+
+    def _layer(self, number: int, part: Part, count: Count, errors: Perturbations) -> Layer:
         name = self.name(number, count.name)
         offered, seconds = self.offered[number][count.name], self.seconds[number][count.name]
         return Layer(
             name=name,
             parameters=count.parameters,
             macs=count.macs * part.share,
-            perturbation={_counted(option): self.errors[name][option].mean for option in offered},
+            perturbation={_counted(option): errors[name][option].mean for option in offered},
             seconds={_counted(option): seconds[option] * part.share for option in offered},
         )
 
@@ -310,6 +324,8 @@ class BitStudy:
             return {layer: {**nothing[layer], **measured.get(layer, {})} for layer in nothing}
         tied = {layer: group for group in self.ties[number] for layer in group}
         groups = dict.fromkeys(tied.get(layer, (layer,)) for layer in open_layers)
+        if any(bits(option)[1] == 4 for layer in open_layers for option in offered[layer] if option != KEEP):
+            _ = self.narrow  # all of its calls first, not in the middle of what progress is shown of
         found = errors_on_grids(
             self.ready,
             {group: [o for o in offered[group[0]] if o != KEEP and _share(offered, group, o)] for group in groups},
@@ -318,6 +334,7 @@ class BitStudy:
             journal=self.journal,
             guide=self.guide,
             progress=self.progress,
+            phase="layers on grids" + (f", phase {number + 1} of {len(self.parts)}" if len(self.parts) > 1 else ""),
         )
         return {layer: {**nothing[layer], **found.get(layer, {})} for layer in nothing}
 

@@ -144,6 +144,7 @@ def test_optimize_searches_bits_without_a_quality(pictures: Path, intarsia: Run)
         ((*BITS, "--data", "data.npy", "--labels", "data.npy"), "--labels data.npy: holds float32"),
         (("--target", "null", "--quality", "psnr>=30", "--data", "data.npy"), "--strategy places takes none"),
         (("--target", "null", "--strategy", "bits(phases=2)", "--data", "data.npy"), "has no loop, and so no phases"),
+        (("--target", "null", "--strategy", "bits(bops=2)"), "strategy bits: bops=2: a number without a unit is a"),
         (("--target", "null", "--strategy", "bits(bobs=1)", "--data", "data.npy"), "unknown key 'bobs'"),
         (("--target", "null", "--strategy", "bits(costs='measured')", "--data", "data.npy"), "are those of this"),
     ],

@@ -31,6 +31,7 @@ from intarsia.search.quality import Goal
 from intarsia.search.workload import Workload
 
 TARGET = load_target("null")
+LAYERS = ("first", "second", "third", "fourth")
 
 FOUR = """graph four {
   input %x: f32[16, 32]
@@ -168,6 +169,62 @@ def test_limits_that_cannot_be_are_one_line(four: Program, data: Data, text: str
     with pytest.raises(UsageError, match=said.replace("(", r"\(")) as caught:
         searched(four, data, text)
     assert isinstance(caught.value, Infeasible) == said.startswith("limit")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bits(bops=2)", "strategy bits: bops=2: a number without a unit is a fraction from 0 to 1; units: M, G, T"),
+        ("bits(size='6')", "strategy bits: size=6: a number without a unit is a fraction from 0 to 1; units: B, kB"),
+        (
+            "bits(latency='4 years')",
+            "strategy bits: latency=4 years: expected a fraction such as 0.5, or a number",
+        ),
+    ],
+)
+def test_a_limit_that_says_nothing_is_refused_before_there_is_anything_to_measure(text: str, said: str):
+    with pytest.raises(UsageError) as caught:
+        construct(BitSearch, Spec.parse(text))
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("limit", ["size='1B'", "bops='1M'"])
+def test_a_limit_that_nothing_keeps_is_refused_before_sensitivities_are_measured(four: Program, data: Data, limit: str):
+    journal = Journal()
+    with pytest.raises(Infeasible):
+        searched(four, data, f"bits({limit})", journal=journal)
+    assert len(journal) == 0
+
+
+def test_sensitivities_are_measured_on_a_part_s_sample_and_ranges_on_all_of_it(four: Program, data: Data):
+    few = Data(data.batches[:1])
+    study = BitStudy(four, TARGET, (Part(data, sample=few),), BitSearch(samples=48))
+    whole = BitStudy(four, TARGET, (Part(data),), BitSearch(samples=48))
+    assert study.ranges(0, {}) == whole.ranges(0, {})
+    assert len(study.errors["second"]["w4a4"].samples) == 16
+    assert whole.errors["second"]["w4a4"].samples[:16] == study.errors["second"]["w4a4"].samples
+
+
+def test_progress_goes_on_while_changed_graphs_are_made_and_names_the_phase(four: Program, data: Data):
+    told: list[tuple[str, int | None]] = []
+
+    class Told(Silent):
+        def start(self, phase: str, total: int | None) -> None:
+            told.append((phase, total))
+
+    class Asked(BitStudy):
+        def _changed(self, number: int, group: tuple[str, ...], option: str) -> Graph:
+            assert told[-1][0] == f"layers on grids, phase {number + 1} of 2"
+            return super()._changed(number, group, option)
+
+    parts = (Part(data, 0, 1, 0.5), Part(data, 2, 3, 0.5))
+    study = Asked(four, TARGET, parts, BitSearch(options="w8a8,w4a4", samples=16, smooth="no"), progress=Told())
+    assert study.errors.keys() == {f"{number}/{layer}" for number in (0, 1) for layer in LAYERS}
+    assert [phase for phase, _ in told[-2:]] == ["layers on grids, phase 1 of 2", "layers on grids, phase 2 of 2"]
+    assert [one for one in told if one[0].startswith("layers")] == [
+        ("layers on grids, phase 1 of 2", 2),
+        ("layers on grids, phase 2 of 2", 2),
+    ]
 
 
 @pytest.mark.parametrize(
