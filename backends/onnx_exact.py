@@ -168,6 +168,24 @@ def divided(scaling: Scaling) -> float | None:
     return None if found is None else float(found[0][0])
 
 
+def whole_sum(one: Scaling, other: Scaling, ends: tuple[int, int], zero: int) -> tuple[float, float] | None:
+    """Scales f32 with which QLinearAdd gives the sum of two tensors of 8 bits, clipped to ``ends``; None if none do.
+
+    It multiplies what u8 holds, adds, with what the zeros make, in any order in f32, rounds half to even, adds ``zero``
+    and saturates. So nothing may be rounded before, and then each of the at most 65,536 sums is looked at.
+    """
+    both = one, other
+    if any(len(part.bias) > 1 or part.bias.any() or part.highest - part.lowest > 255 for part in both):
+        return None
+    factors = [exact_affine(part, 0)[0].item() for part in both]
+    if (2 * 255 * sum(map(abs, factors)) + 255) * 2.0 ** max(part.shift.item() for part in both) > SINGLE:
+        return None
+    x, y = (np.arange(part.lowest.item(), part.highest.item() + 1)[None] for part in both)
+    wanted = (one.unclipped(x).T + other.unclipped(y)).clip(*ends)
+    found = np.rint(factors[0] * x.T + factors[1] * y).clip(-zero, 255 - zero).clip(*ends)
+    return (factors[0], factors[1]) if (found == wanted).all() else None
+
+
 def exact_affine(scaling: Scaling, offset: int) -> tuple[Array, Array]:
     """The same in f64, without proof: exact if ``scaling.bits`` are at most ``DOUBLE``."""
     factor = np.ldexp(scaling.multiplier.astype(np.float64), -scaling.shift)

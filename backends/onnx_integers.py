@@ -5,7 +5,8 @@
     linear_i8i8      MatMulInteger, requantized; both MatMulIntegerToFloat, Clip, Floor where f32 loses nothing
     requantize       QuantizeLinear where its division is proved to be exact; else
                      Cast, Mul, Add, Clip, Cast: in f32 where that is proved to be exact, else in f64, else in i64
-    add_requantized  Add, Clip of integers of one grid in f32; else as ``requantize`` of each, Floor, then Add, Clip
+    add_requantized  QLinearAdd of 8 bits, where that is proved to be exact; Add, Clip of integers of one grid in f32;
+                     else as ``requantize`` of each, Floor, then Add, Clip
 
 Products of u8 and i8 are summed in pairs of 16 bits on a machine without VNNI. They are used where no pair can leave
 them; else the weight is u8 too. Why these forms, and how fast they are: docs/decisions/007-onnx-integers.md.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from intarsia.backends.onnx_codes import Codes, Form
 from intarsia.backends.onnx_dyadic import Dyadic, Term
-from intarsia.backends.onnx_exact import SINGLE, Scaling, lossless, whole_scale
+from intarsia.backends.onnx_exact import SINGLE, Scaling, lossless, whole_scale, whole_sum
 from intarsia.backends.onnx_products import Input, Products, Weight
 from intarsia.backends.onnx_weights import Tape, Weights, constant, value_of
 
@@ -113,6 +114,8 @@ class IntegerWeights(Weights):
         """Two tensors of integers, each times its dyadic number."""
         operands = [value_of(node, 0), value_of(node, 1)]
         last = any(map(self.codes.is_last, operands))
+        if (form := self._added_narrow(node, operands, tape, last=last)) is not None:
+            return self.codes.answer(form, _dtype(node), tape)
         terms = []
         for operand, index in zip(operands, (2, 4), strict=True):
             whole, zero = self.codes.whole(operand, tape, last=last)
@@ -125,6 +128,30 @@ class IntegerWeights(Weights):
         if not self._added_alike(operands, terms, form, tape, last=last):
             self.dyadic.added(terms, form, tape, last=last)
         return self.codes.answer(form, _dtype(node), tape)
+
+    def _added_narrow(
+        self, node: onnx_ir.Node, operands: list[onnx_ir.Value], tape: Tape, *, last: bool
+    ) -> Form | None:
+        """The sum of two tensors of 8 bits by one operator; None where that is not proved to be exact."""
+        import onnx_ir as ir
+
+        low, high = _ends(node)
+        form = Form(low, high, max(0, -low))
+        if form.high + form.zero > 255 or any(operand.dtype != ir.DataType.INT8 for operand in operands):
+            return None
+        one, other = (
+            Scaling.of(*(constant(value_of(node, place + more)).numpy() for more in (0, 1)), 0, reach, (low, high))
+            for place, reach in zip((2, 4), map(self.codes.ends, operands), strict=True)
+        )
+        if (scales := whole_sum(one, other, (low, high), form.zero)) is None:
+            return None
+        given: list[onnx_ir.Value] = []
+        for operand, scale in zip(operands, scales, strict=True):
+            codes, zero = self.codes.unsigned(operand, tape, last=last)
+            given += [codes, self.number("f32", scale), self.number("u8", zero)]
+        total = tape.runtime_op("QLinearAdd", *given, self.number("f32", 1.0), self.number("u8", form.zero))
+        form.unsigned[last] = self._clipped(total, form, tape)
+        return form
 
     def _added_alike(
         self, operands: list[onnx_ir.Value], terms: list[Term], form: Form, tape: Tape, *, last: bool

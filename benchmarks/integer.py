@@ -4,13 +4,14 @@
 
 One picture of 224x224, one thread, all in turns. Weights are random, which says nothing about accuracy and does not
 matter for speed. ``ours`` is the integer network of ``fold-batch-norm``, ``calibrate``, ``quantize-integer`` with w8a8
-everywhere and ``lower-integer``; ``quantize_static`` is what ``onnxruntime.quantization`` makes of the f32 file of the
+everywhere and ``lower-integer``, with 16 bits between residual units and, in figures of ``trunk8``, with
+``quantize-integer(trunk=8)``; ``quantize_static`` is what ``onnxruntime.quantization`` makes of the f32 file of the
 same network: QDQ, u8 activations, i8 weights of each channel, and 7-bit weights (``reduce_range``) where the processor
 has no VNNI, as ONNX Runtime's documentation advises, since pairs of products saturate there otherwise.
 
-A mismatch is a logit that is another integer than the network defines: for ours by the operators' reference in PyTorch,
-which tests hold equal to ``intarsia.kernels.integers.golden``; for quantize_static by its own Q/DQ graph, computed
-operator by operator with all of ONNX Runtime's optimizations off.
+A mismatch is a logit that is another integer than the network defines: for both of ours by the operators' reference in
+PyTorch, which tests hold equal to ``intarsia.kernels.integers.golden``; for quantize_static by its own Q/DQ graph,
+computed operator by operator with all of ONNX Runtime's optimizations off.
 """
 
 from __future__ import annotations
@@ -42,11 +43,15 @@ SPEED, SMALLER = "resnet50", "resnet18"
 MEANINGS = {
     "resnet50_exact_int8_speedup_over_fp32": "ONNX Runtime, one thread: seconds of f32 over those of exact integers",
     "resnet50_exact_int8_seconds_over_quantize_static": "the same: seconds of exact integers over quantize_static's",
+    "resnet50_exact_int8_trunk8_speedup_over_fp32": "the same: seconds of f32 over exact integers', 8 bits throughout",
+    "resnet50_exact_int8_trunk8_seconds_over_quantize_static": "the same: of those over quantize_static's",
     "resnet50_fp32_seconds": "a picture in f32",
     "resnet50_exact_int8_seconds": "a picture in exact integers, 16 bits between residual units",
+    "resnet50_exact_int8_trunk8_seconds": "a picture in exact integers, 8 bits between residual units",
     "resnet50_quantize_static_seconds": "a picture by quantize_static, 8 bits between residual units",
     "quantize_static_weight_bits": "bits that quantize_static gave weights: 7 without VNNI",
     "mismatch_rate_ours": "share of our engine's logits that are another integer than defined",
+    "mismatch_rate_trunk8": "the same with 8 bits between residual units",
     "mismatch_rate_quantize_static": "share of quantize_static's logits that are another code than its graph defines",
     "mismatch_pictures": "pictures for both rates",
     "resnet18_tvm_int8_speedup_over_fp32": "TVM, one thread, no tuning: seconds of f32 over those of exact integers",
@@ -67,30 +72,35 @@ def measure(quick: bool) -> Figures:
 
 
 def _onnx(folder: Path, *, rounds: int, pictures: int) -> dict[str, float]:
-    full, integer = _programs(SPEED)
-    engines = [_onnx_engine(program, folder / name) for name, program in (("full", full), ("integer", integer))]
+    programs = _programs(SPEED, trunks=(16, 8))
+    full, ours, narrow = (_onnx_engine(program, folder / f"{index}") for index, program in enumerate(programs))
     bits = 8 if _has_vnni() else 7
     theirs = folder / "quantized.onnx"
-    _quantize_static(folder / "full" / "model.onnx", theirs, bits=bits)
+    _quantize_static(folder / "0" / "model.onnx", theirs, bits=bits)
     fast, plain = _session(theirs), _session(theirs, optimized=False)
     x = next(_pictures(1))
     seconds = in_turns(
         {
-            "full": lambda: engines[0](x),
-            "ours": lambda: engines[1](x),
+            "full": lambda: full(x),
+            "ours": lambda: ours(x),
+            "narrow": lambda: narrow(x),
             "theirs": lambda: _run(fast, x),
         },
         rounds=rounds,
     )
-    module = integer.module()
+    module, narrow_module = (program.module() for program in programs[1:])
     return {
         "resnet50_exact_int8_speedup_over_fp32": ratio(seconds, "full", "ours"),
         "resnet50_exact_int8_seconds_over_quantize_static": ratio(seconds, "ours", "theirs"),
+        "resnet50_exact_int8_trunk8_speedup_over_fp32": ratio(seconds, "full", "narrow"),
+        "resnet50_exact_int8_trunk8_seconds_over_quantize_static": ratio(seconds, "narrow", "theirs"),
         "resnet50_fp32_seconds": statistics.median(seconds["full"]),
         "resnet50_exact_int8_seconds": statistics.median(seconds["ours"]),
+        "resnet50_exact_int8_trunk8_seconds": statistics.median(seconds["narrow"]),
         "resnet50_quantize_static_seconds": statistics.median(seconds["theirs"]),
         "quantize_static_weight_bits": bits,
-        "mismatch_rate_ours": _mismatches(lambda x: engines[1](x)[0], lambda x: module(x)[0], pictures),
+        "mismatch_rate_ours": _mismatches(lambda x: ours(x)[0], lambda x: module(x)[0], pictures),
+        "mismatch_rate_trunk8": _mismatches(lambda x: narrow(x)[0], lambda x: narrow_module(x)[0], pictures),
         "mismatch_rate_quantize_static": _mismatches(lambda x: _run(fast, x), lambda x: _run(plain, x), pictures),
         "mismatch_pictures": pictures,
     }
@@ -111,21 +121,25 @@ def _tvm(folder: Path, *, rounds: int) -> float:
     return paired(lambda: engines[0](x), lambda: engines[1](x), rounds=rounds, warmup=1).ratio
 
 
-def _programs(name: str) -> tuple[Program, Program]:
-    """The network in f32, its norms folded, and in integers calibrated on two pictures of noise, ready to build."""
+def _programs(name: str, trunks: tuple[int, ...] = (16,)) -> tuple[Program, ...]:
+    """The network in f32, its norms folded, and in integers calibrated on two pictures of noise, ready to build.
+
+    With residual sums of as many bits as ``trunks`` says, one network each.
+    """
     import intarsia
     from intarsia.ir.program import Program
     from intarsia.ir.target import load_target
     from intarsia.passes.base import find_pass
+    from intarsia.passes.quantize_integer import QuantizeInteger
     from intarsia.search.calibration import calibrate, find_method
 
     target = load_target(CPU)
     folded = _passed(intarsia.trace(name), ("fold-batch-norm",))
     ranges = calibrate(folded, [(picture,) for picture in _pictures(2, first=100)], find_method("minmax"))
     graph = find_pass("calibrate").run(folded.graph, target, ranges)
-    on_grids = find_pass("quantize-integer")
-    graph = on_grids.run(graph, target, dict.fromkeys(on_grids.choices(graph, target), "w8a8"))
-    return folded, _passed(Program(graph, folded.weights), ("lower-integer",))
+    chosen = dict.fromkeys(QuantizeInteger().choices(graph, target), "w8a8")
+    rounded = (QuantizeInteger(trunk=bits).run(graph, target, chosen) for bits in trunks)
+    return folded, *(_passed(Program(one, folded.weights), ("lower-integer",)) for one in rounded)
 
 
 def _passed(program: Program, passes: tuple[str, ...]) -> Program:

@@ -14,7 +14,7 @@ from intarsia.passes.base import Pass
 from intarsia.passes.quantize_integer_grids import TRUNK, Grid
 from intarsia.passes.quantize_integer_layers import BITS, KEEP, head, places
 from intarsia.passes.quantize_integer_ranges import Ranged, take_ranges
-from intarsia.passes.quantize_integer_trunk import grain
+from intarsia.passes.quantize_integer_trunk import NARROW, grain
 from intarsia.passes.quantize_integer_values import MADE_ELSEWHERE, Values, plan_values
 
 
@@ -42,11 +42,18 @@ class QuantizeInteger(Pass):
     Attributes:
         islands: Whether results of softmax, norms, functions and products of activations are on grids too, so that
             ``integer-islands`` can compute them with integers; otherwise they are float, as are sums with them.
+        trunk: Bits of residual sums and of what they add, 16 or 8. Of eight, layers read a sum as it is, which takes
+            the least time, and sums are as coarse as everything else.
     """
 
     islands: bool = False
+    trunk: int = TRUNK
 
     name: ClassVar[str] = "quantize-integer"
+
+    def __post_init__(self) -> None:
+        if self.trunk not in (NARROW, TRUNK):
+            raise ValueError(f"trunk is {self.trunk}; residual sums have {TRUNK} or {NARROW} bits")
 
     def choices(self, graph: Graph, target: Target) -> Choices:
         """At each layer ``keep`` and those of ``w8a8``, ``w4a8`` (linear layers) and ``w4a4`` that int32 holds."""
@@ -76,7 +83,7 @@ class QuantizeInteger(Pass):
                 reason = known[name].reasons.get(option, "there is no such option")
                 raise PlanError(f"{self.name}: %{name} offers {offered}; the plan asks for {option}: {reason}")
         input_bits = {name: BITS[option][1] for name, option in options.items()}
-        values = plan_values(ranged, input_bits, islands=self.islands)
+        values = plan_values(ranged, input_bits, islands=self.islands, trunk_bits=self.trunk)
         return _Rewriting(ranged, values, {name: BITS[option][0] for name, option in options.items()}).graph()
 
 

@@ -1,8 +1,9 @@
-"""Values that residual sums join: one grid of 16 bits for all of them, so that nothing is multiplied to be added."""
+"""Values that residual sums join: of 16 bits on one grid, so that nothing is multiplied to be added; or of 8 bits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from intarsia.passes.quantize_integer_grids import TRUNK, Grid, grid
 from intarsia.passes.quantize_integer_layers import head
@@ -14,6 +15,13 @@ COARSEST = 8.0
 
 FRACTION_BITS = 7
 """Of the quotient between a step of a layer's sum and one of its 16-bit result: f32 holds both at once, and a bias."""
+
+NARROW = 8
+"""Bits of a trunk that layers read as it is."""
+
+RATIO_BITS = 12
+"""Of the quotient between the step of what an 8-bit sum finds on a grid and its own. The last bit is 1: then no code is
+half a step, as 2**12 is more than twice the largest, and f32 holds every sum before it is rounded."""
 
 
 def trunk_grids(ranged: Ranged, sums: Iterable[str]) -> Mapping[str, Grid]:
@@ -39,6 +47,36 @@ def trunk_grids(ranged: Ranged, sums: Iterable[str]) -> Mapping[str, Grid]:
     return found
 
 
+def narrow_grids(ranged: Ranged, sums: Iterable[str]) -> Mapping[str, Grid]:
+    """Grids of 8 bits for operands and results of ``sums``, in execution order, and for what lies on them, by name.
+
+    Each result has its own, on which layers read it, and what is made for it alone is rounded to that. The step of an
+    operand that others read too, as the unit before left it, is an odd multiple of 2**-12 of the result's: one rounding
+    of the sum is then this operand's, be halves rounded up or to even. No operand is clipped that could come back.
+    """
+    graph = ranged.graph
+    found: dict[str, Grid] = {}
+    for name in sums:
+        names, result = addends(graph.producers[name], graph) or (), head(name, graph)
+        shared = [one for one in names if grid_below(one, ranged, found) or not _is_alone(one, ranged)]
+        for one in shared:
+            known = grid_below(one, ranged, found) or grid((-_width(one, ranged), _width(one, ranged)), NARROW)
+            found |= dict.fromkeys(_kept(one, ranged), known)
+        # Beside operands that are never negative, what leaves the ends of a rectified sum does so with them too.
+        rectified = all(_lowest(one, ranged) >= 0 for one in (result, *shared)) and bool(shared)
+        width = max(_width(one, ranged) for one in (result, *(shared if rectified else names)))
+        found[result] = _commensurable(grid((-width, width), NARROW), [found[one] for one in shared])
+        for one in names:
+            if one not in shared:
+                found |= dict.fromkeys(_kept(one, ranged), found[result])
+    return found
+
+
+def grid_below(name: str, ranged: Ranged, grids: Mapping[str, Grid]) -> Grid | None:
+    """Of ``grids`` that of the value, or of what it lies on the grid of; None if there is none."""
+    return next((grids[one] for one in _kept(name, ranged) if one in grids), None)
+
+
 def grain(onto_input: Grid, onto: Grid) -> float:
     """Of what the steps of a weight are to be multiples, so that f32 multiplies sums exactly to 16-bit results."""
     return onto.scale / onto_input.scale / float(1 << FRACTION_BITS)
@@ -53,3 +91,26 @@ def _kept(name: str, ranged: Ranged) -> Iterable[str]:
         if below is None:
             return
         name = below
+
+
+def _is_alone(name: str, ranged: Ranged) -> bool:
+    """Whether the value, and all below on its grid, are made for one reader."""
+    graph = ranged.graph
+    return all(len(graph.users.get(one, ())) == 1 and one not in graph.outputs for one in _kept(name, ranged))
+
+
+def _commensurable(own: Grid, shared: list[Grid]) -> Grid:
+    """The next wider grid of which the first of ``shared`` has steps of an odd multiple of 2**-RATIO_BITS."""
+    units = int(shared[0].scale / own.scale * 2**RATIO_BITS) if shared else 0
+    odd = units if units % 2 else units - 1
+    return replace(own, scale=shared[0].scale * 2**RATIO_BITS / odd) if odd > 0 else own
+
+
+def _width(name: str, ranged: Ranged) -> float:
+    """The largest magnitude of the value, and of all below on its grid."""
+    return max(max(map(abs, seen)) for one in _kept(name, ranged) if (seen := ranged.of(one)) is not None)
+
+
+def _lowest(name: str, ranged: Ranged) -> float:
+    seen = ranged.of(name)
+    return -1.0 if seen is None else seen[0]

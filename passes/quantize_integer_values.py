@@ -12,7 +12,7 @@ from intarsia.passes.quantize_integer_grids import TRUNK, Grid, grid, why_no_gri
 from intarsia.passes.quantize_integer_layers import head
 from intarsia.passes.quantize_integer_ranges import Ranged
 from intarsia.passes.quantize_integer_roles import Window, addends, bounds, joined, keeps_grid, source, window
-from intarsia.passes.quantize_integer_trunk import trunk_grids
+from intarsia.passes.quantize_integer_trunk import NARROW, grid_below, narrow_grids, trunk_grids
 
 LEAST = 8
 """Bits of a value that something reads besides products: averages and operators in float."""
@@ -39,13 +39,15 @@ class Values:
     wanted: Mapping[str, Mapping[str, Grid]]
 
 
-def plan_values(ranged: Ranged, input_bits: Mapping[str, int], *, islands: bool = False) -> Values:
+def plan_values(
+    ranged: Ranged, input_bits: Mapping[str, int], *, islands: bool = False, trunk_bits: int = TRUNK
+) -> Values:
     """The grids of all integers when the layers in ``input_bits`` read inputs of so many bits.
 
-    A sum is on the 16-bit trunk, and so are its operands, all on one grid; what is concatenated is on one grid too; a
-    value that several want otherwise is kept in the widest form and requantized for each. With ``islands``, results of
-    functions, softmax and norms are on grids too, and products of two activations, which read 8 bits. Source: HAWQ-V3,
-    equations 7 and 18.
+    A sum is on the trunk, and so are its operands: of 16 bits all on one grid; of 8 bits on grids that layers read as
+    they are. What is concatenated is on one grid too; a value that several want otherwise is kept in the widest form
+    and requantized for each. With ``islands``, results of functions, softmax and norms are on grids too, and products
+    of two activations, which read 8 bits. Source: HAWQ-V3, equations 7 and 18.
     """
     found = _islands(ranged) if islands else {}
     roles = _roles(ranged, input_bits, found)
@@ -55,7 +57,7 @@ def plan_values(ranged: Ranged, input_bits: Mapping[str, int], *, islands: bool 
     loosely = {name for name in ranged.graph.outputs if name in roles}
 
     sums = [node.name for node in ranged.graph.nodes if roles.get(node.name) == SUM and addends(node, ranged.graph)]
-    trunk = trunk_grids(ranged, sums)
+    trunk = (narrow_grids if trunk_bits == NARROW else trunk_grids)(ranged, sums)
 
     def ask(node: Node, names: tuple[str, ...], grids: Mapping[str, Grid]) -> None:
         wanted[node.name] = dict(grids)
@@ -71,14 +73,14 @@ def plan_values(ranged: Ranged, input_bits: Mapping[str, int], *, islands: bool 
             kept[node.name] = trunk[node.name] if role == SUM else _grid(node.name, ranged, readers, trunk, loose=loose)
         if node.name in input_bits:
             name = node.ref("input")
-            ask(node, (name,), {name: _measured(name, ranged, input_bits[node.name])})
+            ask(node, (name,), {name: _read(name, ranged, input_bits[node.name], trunk)})
         elif role == SUM and (names := addends(node, ranged.graph)):
             ask(node, names, {name: trunk[name] for name in names})
         elif role == JOIN and (parts := joined(node)):
             ask(node, parts, dict.fromkeys(parts, kept[node.name]))
         elif role == ISLAND and found[node.name].kind == island_roles.PRODUCT:
             reads = found[node.name].reads
-            ask(node, reads, {name: _measured(name, ranged, LEAST) for name in reads})
+            ask(node, reads, {name: _read(name, ranged, LEAST, trunk) for name in reads})
         elif role == SCALED and below:
             factor = found[node.name].factor
             finer = [replace(one, scale=one.scale / factor) for one in asked.get(node.name, [])]
@@ -155,7 +157,13 @@ def _grid(name: str, ranged: Ranged, asked: list[Grid], trunk: Mapping[str, Grid
         return asked[0]
     least = LEAST if loose or len(asked) > 1 else 0
     bits = max([least, *(one.bits for one in asked)]) if asked else TRUNK
-    return trunk[name] if bits == TRUNK and name in trunk else _measured(name, ranged, bits)
+    return trunk[name] if name in trunk and trunk[name].bits == bits else _measured(name, ranged, bits)
+
+
+def _read(name: str, ranged: Ranged, bits: int, trunk: Mapping[str, Grid]) -> Grid:
+    """The grid of so many bits for a reader: the trunk's own, if it has as many."""
+    found = grid_below(name, ranged, trunk)
+    return found if found and found.bits == bits else _measured(name, ranged, bits)
 
 
 def _measured(name: str, ranged: Ranged, bits: int) -> Grid:

@@ -269,6 +269,48 @@ def test_wide_integers_are_pooled_padded_clipped_and_joined(target: Target, tmp_
         assert torch.equal(one, two)
 
 
+PAIRS = """graph pairs {
+  input %x: i8[256, 256]
+  input %y: i8[256, 256]
+  param %one.m: i32[1]
+  param %one.s: i32[1]
+  param %two.m: i32[1]
+  param %two.s: i32[1]
+  %sum: i8[256, 256] = intarsia.add_requantized(input=%x, other=%y, multiplier=%one.m, shift=%one.s, other_multiplier=%two.m, other_shift=%two.s, low=LOW, high=HIGH)
+  return %sum
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("parts", "ends", "whole"),
+    [
+        ((4096, 4096), (-128, 127), True),
+        ((4096, 3001), (0, 127), True),
+        ((1, 8192), (-128, 127), True),
+        ((4096, 2048), (-128, 127), False),  # every other code is halfway between two of the sum
+        ((3001, 2999), (0, 127), False),  # each operand is rounded on its own
+    ],
+)
+def test_every_sum_of_two_codes_is_exact(
+    parts: tuple[int, int], ends: tuple[int, int], whole: bool, target: Target, tmp_path: Path
+) -> None:
+    """One operator adds where what one operand is multiplied by is whole and the other has no ties."""
+    graph = Graph.parse(PAIRS.replace("LOW", str(ends[0])).replace("HIGH", str(ends[1])))
+    weights = {
+        key: value
+        for name, part in zip(("one.", "two."), parts, strict=True)
+        for key, value in dyadic(name, torch.tensor([part / 4096])).items()
+    }
+    x, y = torch.meshgrid(*[torch.arange(-128, 128).to(torch.int8)] * 2, indexing="ij")
+    program = Program(graph, weights)
+    (found,) = run(program, (x.contiguous(), y.contiguous()), tmp_path, target)
+    expected = defined(graph, {**weights, "x": x.contiguous(), "y": y.contiguous()})["sum"]
+    np.testing.assert_array_equal(found.numpy(), expected, strict=True)
+    assert {expected.min(), expected.max()} == set(ends)
+    assert operators(tmp_path)["QLinearAdd"] == whole
+
+
 def test_what_a_pad_fills_with_counts_among_an_activations_codes(target: Target, tmp_path: Path) -> None:
     """A clamp at zero says nothing of what is put around it later."""
     text = """graph g {
