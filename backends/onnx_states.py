@@ -89,7 +89,7 @@ def _needed(node: onnx_ir.Node) -> set[onnx_ir.Node]:
 def _computes(node: onnx_ir.Node, graph: onnx_ir.Graph) -> bool:
     """Whether the result is in memory of its own, whatever ONNX Runtime leaves out of the model."""
     if node.op_type == "Cast" and node.inputs[0] is not None:
-        return node.inputs[0].dtype != node.outputs[0].dtype
+        return bool(node.inputs[0].dtype != node.outputs[0].dtype)
     weights = set(graph.initializers.values())
     return node.op_type in COMPUTING and not any(value in weights for value in node.inputs)
 

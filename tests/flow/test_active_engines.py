@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 
 from intarsia.allocated import AllocatedEngine, denoising, loop_timing, step_inputs
-from intarsia.backends.base import Backend, Engine, find_backend
+from intarsia.backends.base import Backend, Carried, Engine, find_backend
 from intarsia.backends.null import NullEngine
 from intarsia.backends.onnx_states import OnnxStates
 from intarsia.backends.runner import denoiser
+from intarsia.backends.segmented import Segment, SegmentedEngine
 from intarsia.ir.allocation import Allocation
 from intarsia.ir.errors import Unsupported, UsageError
 from intarsia.ir.graph import Graph
 from intarsia.ir.plan import Phase, Plan, Step
 from intarsia.ir.program import Program, example_inputs, materialize
+from intarsia.ir.segments import split as segments_of
 from intarsia.ir.target import load_target
 from intarsia.models.sampler import Conditioning, FlowMatchEuler, noise
 from intarsia.models.step_loop import TokenGrid
 from intarsia.passes.active_tokens import ActiveTokens
 from intarsia.passes.apply import run_passes
+from intarsia.passes.hoist_invariants import HoistInvariants
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 GRID = TokenGrid((2, 3, 4), (4, 4, 4))
@@ -113,6 +116,42 @@ def test_a_plan_says_how_many_buckets_there_are_and_steps_are_timed_in_them(smal
     assert engine.buckets == 4
     loop_timing(engine, example_inputs(small.graph), repeats=1)
     assert set(counted.counts) == {64, 48}
+
+
+def test_of_segments_the_one_that_reads_the_caches_keeps_them(small: Program) -> None:
+    made = stepped(small, "null", caches="linear")
+    parts = HoistInvariants().split(made.graph)
+    programs = [Program(part, {one.name: small.weights[one.name] for one in part.params}) for part in parts]
+    segments = SegmentedEngine(tuple(Segment(one.graph, NullEngine(one)) for one in programs), made.graph)
+    split, whole = (AllocatedEngine(one, made.graph, GROUPS, SAMPLER, GRID) for one in (segments, NullEngine(made)))
+    assert len(parts) == 2
+    assert not isinstance(split.step, Carried)
+    for _ in range(2):
+        assert torch.equal(sampled(split, small.graph), sampled(whole, small.graph))
+    for one, other in zip(split.step.kept, whole.step.kept, strict=True):
+        assert torch.equal(one, other)
+        assert other.any()
+
+
+def test_what_two_segments_read_is_carried_between_them(small: Program) -> None:
+    program = Program(Graph.parse(SHARED), {})
+    parts = segments_of(program.graph, {"b": 1})
+    engine = SegmentedEngine(tuple(Segment(one, NullEngine(Program(one, {}))) for one in parts), program.graph)
+    kept = engine.stateful([torch.zeros(2)], inputs=[1], outputs=[1])
+    assert isinstance(kept, Carried)
+    for expected in (0.0, 2.0, 4.0):
+        (answer,) = kept(torch.ones(2))
+        assert torch.equal(answer, torch.full((2,), expected))
+
+
+SHARED = """graph shared {
+  input %x: f32[2]
+  input %cache: f32[2]
+  %a: f32[2] = aten.add.Tensor(self=%x, other=%cache)
+  %b: f32[2] = aten.add.Tensor(self=%cache, other=%cache)
+  return %b, %a
+}
+"""
 
 
 ENGINES = [
