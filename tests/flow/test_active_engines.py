@@ -182,6 +182,7 @@ def test_every_backend_computes_all_tokens_and_half_of_them_as_the_eager_graph_d
             engine(*step_inputs(made.graph, example_inputs(small.graph), 21))
 
 
+@pytest.mark.slow
 def test_tensorrt_builds_an_engine_whose_profile_takes_any_number_of_tokens(small: Program, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     backend = find_backend("tensorrt")
