@@ -141,6 +141,8 @@ def _session(path: Path, unpacked: bool, threads: int) -> onnxruntime.InferenceS
     options.intra_op_num_threads = threads
     options.use_deterministic_compute = True
     options.log_severity_level = 3
+    # Threads that wait for more work by spinning take the cores from the next engine: of another segment or phase.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if unpacked:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from math import sqrt
+from typing import Self
 
 from intarsia.ir.allocation import Allocation
 from intarsia.ir.spec import Spec
+from intarsia.passes.active_tokens import ActiveTokens
 from intarsia.passes.step_caching import FirstBlockCache, StepCaching, TeaCache
 
 WARM_UPS, TAILS = (2, 3, 4), (0, 1, 2, 3)
@@ -52,6 +54,12 @@ class Allocated:
 
     allocation: Allocation
     caches: str = "held"
+
+    @classmethod
+    def of(cls, made: ActiveTokens) -> Self:
+        """The policy that a pass with an allocation stands for."""
+        allocation = Allocation.parse(made.allocation)
+        return cls(allocation, "none" if allocation.is_whole else made.caches)
 
     @property
     def kind(self) -> str:

@@ -96,3 +96,10 @@ def test_a_limit_that_no_threshold_keeps_gives_none() -> None:
 
 def test_a_limit_that_every_threshold_keeps_gives_those_that_were_tried() -> None:
     assert thresholds(lambda _: 1.0, 5.0, first=0.1, tries=3) == (0.00625, 0.025, 0.1)
+
+
+def test_a_policy_is_read_back_from_its_pass() -> None:
+    for policy in space(STEPS, 0.5 * STEPS, seconds):
+        made = find_pass(policy.notation)
+        assert isinstance(made, ActiveTokens)
+        assert Allocated.of(made) == policy
