@@ -140,7 +140,13 @@ class IntegerWeights(Weights):
         if form.high + form.zero > 255 or any(operand.dtype != ir.DataType.INT8 for operand in operands):
             return None
         one, other = (
-            Scaling.of(*(constant(value_of(node, place + more)).numpy() for more in (0, 1)), 0, reach, (low, high))
+            Scaling.of(
+                constant(value_of(node, place)).numpy(),
+                constant(value_of(node, place + 1)).numpy(),
+                0,
+                reach,
+                (low, high),
+            )
             for place, reach in zip((2, 4), map(self.codes.ends, operands), strict=True)
         )
         if (scales := whole_sum(one, other, (low, high), form.zero)) is None:
