@@ -60,7 +60,8 @@ class Record:
         how: ``measured`` or ``ranked``.
         seconds: Of one call, by that means; None where it was refused before.
         refused: Why it is no answer: what does not fit, or an error that is too large; empty if it is one.
-        facts: Shape it was found at, error, what that was checked with, registers, spills, device; JSON values.
+        facts: The shape it was found at, whether it is the default, its error and what that was checked with,
+            registers, spills, the device; JSON values.
     """
 
     key: Key
@@ -71,10 +72,10 @@ class Record:
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
-    def order(self) -> tuple[bool, float, str]:
-        """Better records come first: measured before ranked, fast before slow."""
+    def order(self) -> tuple[bool, float, bool, str]:
+        """Better records come first: measured before ranked, fast before slow, of equals the default."""
         seconds = float("inf") if self.seconds is None else self.seconds
-        return self.how != MEASURED, seconds, choice_text(self.choice)
+        return self.how != MEASURED, seconds, not self.facts.get("default", False), choice_text(self.choice)
 
     def to_json(self) -> str:
         """One line."""
@@ -136,8 +137,8 @@ class Database:
         """The best candidate that was not refused."""
         return next(iter(self.top(key, 1)), None)
 
-    def top(self, key: Key, count: int) -> tuple[Record, ...]:
-        """The best few that were not refused."""
+    def top(self, key: Key, count: int | None = None) -> tuple[Record, ...]:
+        """The best few that were not refused, the best first; all of them without a number."""
         return tuple(sorted((one for one in self.records(key) if not one.refused), key=lambda one: one.order)[:count])
 
     def stale(self, key: Key) -> int:
@@ -167,7 +168,7 @@ class Database:
                 self.broken += 1
 
     def _keep(self, record: Record) -> None:
-        """A record with a time by a clock is not replaced by one without."""
+        """What a clock said of a candidate and what a model says stand beside each other."""
         table = self._records.setdefault(record.key, {})
         table[f"{record.how} {choice_text(record.choice)}"] = record
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol, cast
 
 import torch
@@ -41,7 +42,7 @@ class Space:
 
     Attributes:
         default: The tile without tuning.
-        varies: Values of each part of a tile; the default's are among them.
+        varies: Values of each part of a tile, beside the default's own.
         extents: What decides which tile is best, by name; numbers, or expressions of the graph's sizes.
         exact: Extents that are compared as they are, because the code depends on them; others by powers of two.
         dtype: Element type of the call, with which its code differs.
@@ -62,6 +63,21 @@ class Space:
         """
         return " ".join(self._rounded(name) for name in sorted(self.extents))
 
+    def offers(self, tile: Mapping[str, object]) -> bool:
+        """Whether the tile is one of the space."""
+        return tile.keys() == self.default.keys() and all(
+            value == self.default[name] or value in self.varies[name] for name, value in tile.items()
+        )
+
+    def tiles(self) -> Iterator[dict[str, int]]:
+        """Every tile, the default first."""
+        yield dict(self.default)
+        names = list(self.default)
+        for values in product(*(sorted({*self.varies[name], self.default[name]}) for name in names)):
+            tile = dict(zip(names, values, strict=True))
+            if tile != self.default:
+                yield tile
+
     def _rounded(self, name: str) -> str:
         extent = self.extents[name]
         if isinstance(extent, str) and not extent.isdecimal():
@@ -79,6 +95,7 @@ class Footprint:
         bytes: Bytes that one reads and writes.
         steps: Steps of its loop, each of which waits for memory.
         shared: Bytes that the pipeline of one keeps in shared memory.
+        kept: Numbers of 32 bits that one keeps in registers throughout.
         dtype: What matrix units multiply.
     """
 
@@ -87,6 +104,7 @@ class Footprint:
     bytes: float
     steps: int
     shared: int
+    kept: int
     dtype: str
 
 
@@ -172,10 +190,11 @@ def product_footprint(tile: Tile, shape: Shape, *, input: str, weight: float, ou
         bytes=shape["columns"] * (block_m * read + block_n * weight) + block_m * block_n * written,
         steps=blocks(shape["columns"], block_k),
         shared=tile["stages"] * block_k * (block_m * read + block_n * held),
+        kept=block_m * block_n,
         dtype=input,
     )
 
 
 def row_footprint(programs: int, bytes: float) -> Footprint:
     """Of programs that move bytes and multiply no matrices."""
-    return Footprint(programs, 0.0, bytes, 1, 0, "f32")
+    return Footprint(programs, 0.0, bytes, 1, 0, 0, "f32")

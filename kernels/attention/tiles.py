@@ -65,6 +65,7 @@ def footprint(tile: Tile, shape: Shape, dtype: str) -> Footprint:
         bytes=2.0 * channels * size * (tile["queries"] + shape["keys"]),
         steps=steps,
         shared=channels * size * (tile["queries"] + 2 * tile["stages"] * tile["keys"]),
+        kept=tile["queries"] * (channels + tile["keys"]),
         dtype=dtype,
     )
 
