@@ -15,22 +15,19 @@ from intarsia.backends import driver
 from intarsia.backends.base import Backend, Built, Engine
 from intarsia.backends.null import NullEngine
 from intarsia.backends.triton_files import ENGINE, Kernel, Manual, check_engine, identity, kernel_identity, read_manual
-from intarsia.backends.triton_tiles import Tiles
-from intarsia.ir.errors import MissingEnvironment, Unsupported, UsageError
+from intarsia.ir.errors import MissingEnvironment, Unsupported
 from intarsia.ir.graph import Graph, Node
 from intarsia.ir.operators import resolve
 from intarsia.ir.program import Program, load_program, save_weights
 from intarsia.ir.target import Target
 from intarsia.kernels.ahead import ARCHITECTURES, compile_launch
 from intarsia.kernels.launch import Launch, architecture_of, launch_of
-from intarsia.kernels.records import Database, tuning_file, write_records
 
 if TYPE_CHECKING:
     from intarsia.kernels.ahead import Compiled
 
 GRAPH = "model.graph"
 WEIGHTS = "model.safetensors"
-TUNING = "tuning.jsonl"
 
 OLDEST = (3, 6)
 """The first version of Triton whose ahead-of-time compiler is called as ``kernels.ahead`` calls it."""
@@ -44,9 +41,6 @@ class TritonBackend(Backend):
         architectures: What kernels are compiled for beside the target's own architecture: ``"sm_80, sm_90"``.
         graphs: Whether a call is recorded once for each set of sizes and then replayed as a CUDA graph, which saves
             launching every kernel from Python.
-        tuned: Whether tiles come from records of tuning where there are any, see ``intarsia tune``.
-        database: The file of these records, such as ``tuning.jsonl`` of another engine; the cache's if left out.
-        strict: Whether a kernel without a record is an error (exit code 7), in place of its default tile.
     """
 
     name: ClassVar[str] = "triton"
@@ -58,13 +52,6 @@ class TritonBackend(Backend):
     )
     architectures: str = ""
     graphs: bool = True
-    tuned: bool = True
-    database: str = ""
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.tuned and (self.strict or self.database):
-            raise ValueError("tuned=False asks for no records, strict and database for some")
 
     def why_not_target(self, target: Target) -> str | None:
         """Why no kernel can be compiled for the target, or for one of the architectures asked for."""
@@ -83,27 +70,18 @@ class TritonBackend(Backend):
         return kernels.why_not(node, graph, target)
 
     def build(self, program: Program, target: Target, folder: Path) -> Built:
-        """Compile every kernel that the graph's calls need; the same program, Triton and records give the same bytes.
+        """Compile every kernel that the graph's calls need; the same program and Triton give the same bytes.
 
         Raises:
             MissingEnvironment: Triton is not installed, or too old.
-            UsageError: There is no file of records where one is asked for.
-            CacheMiss: With ``strict``, all kernels and shapes that have no record.
         """
         version = _triton_version()
         (folder / GRAPH).write_text(str(program.graph))
         save_weights(program.weights, folder / WEIGHTS)
-        tiles = self._tiles(target)
-        if self.strict:
-            tiles.require(program.graph)
-        manual = compile_calls(program.graph, self._architectures(target), folder, triton=version, tiles=tiles)
+        manual = compile_calls(program.graph, self._architectures(target), folder, triton=version)
         (folder / ENGINE).write_text(manual.to_json())
         written = [name for kernel in manual.compiled.values() for name in (kernel.file, kernel.text)]
-        if tiles.used:
-            write_records(tiles.used, folder / TUNING)
-            written.append(TUNING)
-        facts = {**_facts(manual, program.graph), "tiles": tiles.facts}
-        return Built((ENGINE, GRAPH, WEIGHTS, *written), facts)
+        return Built((ENGINE, GRAPH, WEIGHTS, *written), _facts(manual, program.graph))
 
     def load(self, folder: Path, files: Sequence[str]) -> Engine:
         """The engine on the first GPU.
@@ -129,13 +107,6 @@ class TritonBackend(Backend):
         kernels.register()
         return NullEngine(load_program(folder / GRAPH))
 
-    def _tiles(self, target: Target) -> Tiles:
-        """Tiles by the records that are asked for."""
-        if self.database and not Path(self.database).is_file():
-            raise UsageError(f"triton: there is no file {self.database}, of which database asks for records")
-        path = Path(self.database) if self.database else tuning_file()
-        return Tiles(Database(path) if self.tuned else None, target)
-
     def _architectures(self, target: Target) -> tuple[str, ...]:
         more = [name.strip() for name in self.architectures.split(",") if name.strip()]
         return tuple(dict.fromkeys([target.architecture, *more]))
@@ -157,13 +128,8 @@ def fitting(device: str, architectures: Sequence[str]) -> str:
     )
 
 
-def compile_calls(
-    graph: Graph, architectures: Sequence[str], folder: Path, *, triton: str, tiles: Tiles | None = None
-) -> Manual:
-    """Compile what the graph's calls launch into ``folder``, and say how it is launched; ``triton`` is the version.
-
-    Without ``tiles`` every call has its default.
-    """
+def compile_calls(graph: Graph, architectures: Sequence[str], folder: Path, *, triton: str) -> Manual:
+    """Compile what the graph's calls launch into ``folder``, and say how it is launched; ``triton`` is the version."""
     (folder / "kernels").mkdir()
     calls: dict[str, dict[str, str]] = {}
     launches: dict[str, Launch] = {}
@@ -172,7 +138,7 @@ def compile_calls(
     for architecture in architectures:
         calls[architecture] = {}
         for node in graph.nodes:
-            launch = launch_of(node, graph, architecture, tiles.of(node, graph, architecture) if tiles else None)
+            launch = launch_of(node, graph, architecture)
             if launch is None:
                 continue
             name, kernel = identity(launch), kernel_identity(launch, architecture)

@@ -5,7 +5,6 @@ kernels/<id>.<arch>.cubin machine code (.hsaco on AMD)
 kernels/<id>.<arch>.ptx   its assembly (.amdgcn on AMD)
 model.graph               the graph, our operators in it
 model.safetensors         its weights
-tuning.jsonl              records of tuning that its launches were taken from, if any
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from typing import Any
 from intarsia.ir.errors import IntarsiaError, QualityError
 from intarsia.ir.graph import Graph
 from intarsia.ir.types import TensorType, parse_type
-from intarsia.kernels.ahead import does_not_fit
 from intarsia.kernels.launch import Launch
 
 ENGINE = "engine.json"
@@ -30,6 +28,14 @@ SCHEMA = 1
 
 _MACHINES = {"cubin": 190, "hsaco": 224}
 """``e_machine`` of the code in the ELF header: EM_CUDA and EM_AMDGPU."""
+
+SHARED_BYTES: Mapping[str, int] = {
+    "sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10,
+}  # fmt: skip
+"""Shared memory of one block at most. Sources: CUDA C++ programming guide, compute capabilities; AMD CDNA 3 ISA."""
+
+REGISTERS = 65_536
+"""Registers of a multiprocessor, of 32 bits. Source: CUDA C++ programming guide, compute capabilities."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +188,7 @@ def _fault(folder: Path, kernel: Kernel, *, architecture: str) -> str | None:
         return f"cannot be read: {error}"
     if hashlib.sha256(binary).hexdigest() != kernel.sha256:
         return "its bytes are not those that were compiled"
-    return _symbol_fault(kernel, binary, text, architecture) or does_not_fit(
-        architecture, shared_bytes=kernel.shared_bytes, registers=kernel.registers, threads=kernel.threads
-    )
+    return _symbol_fault(kernel, binary, text, architecture) or _resource_fault(kernel, architecture)
 
 
 def _symbol_fault(kernel: Kernel, binary: bytes, text: str, architecture: str) -> str | None:
@@ -196,4 +200,15 @@ def _symbol_fault(kernel: Kernel, binary: bytes, text: str, architecture: str) -
         return f"holds no symbol {kernel.symbol}"
     if not re.search(rf"\b{re.escape(architecture)}a?\b", text) or kernel.symbol not in text:
         return f"its assembly is not of {kernel.symbol} for {architecture}"
+    return None
+
+
+def _resource_fault(kernel: Kernel, architecture: str) -> str | None:
+    limit = SHARED_BYTES.get(architecture)
+    if limit is None:
+        return f"is for {architecture}, of which nothing is known; {', '.join(SHARED_BYTES)} are"
+    if kernel.shared_bytes > limit:
+        return f"needs {kernel.shared_bytes:,} bytes of shared memory; {architecture} has {limit:,}"
+    if kernel.file.endswith(".cubin") and kernel.registers * kernel.threads > REGISTERS:
+        return f"needs {kernel.registers} registers for each of {kernel.threads} threads; there are {REGISTERS:,}"
     return None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from intarsia import cli_calibrate, cli_finetune, cli_solve, cli_tune, configuration, outputs, terminal
+from intarsia import cli_calibrate, cli_finetune, cli_solve, configuration, outputs, terminal
 from intarsia.backends.writing import new_file
 from intarsia.cli_options import (
     AnyGoal,
@@ -53,7 +53,7 @@ from intarsia.ir.registry import unknown
 if TYPE_CHECKING:
     from rich.table import Table
 
-_RESUMABLE = {"search", "optimize", "tune"}
+_RESUMABLE = {"search", "optimize"}
 """Verbs that journal what they measure."""
 
 
@@ -470,7 +470,6 @@ def optimize(
 
 app.command()(cli_calibrate.calibrate)
 app.command()(cli_finetune.finetune)
-app.command()(cli_tune.tune)
 app.add_typer(cli_solve.app, name="solve")
 
 

@@ -62,9 +62,3 @@ class MissingEnvironment(IntarsiaError):
     """A package, a driver, a device or disk space that the work needs is not there."""
 
     exit_code = 6
-
-
-class CacheMiss(IntarsiaError):
-    """What was to come from a store of earlier results, and from nowhere else, is not there."""
-
-    exit_code = 7

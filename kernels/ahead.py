@@ -45,14 +45,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 """GPUs that kernels are compiled for: A100, RTX 40 and L40, H100 and H200, B200, MI300. Code for sm_90 and sm_100 runs
 on no later one."""
 
-SHARED_BYTES: Mapping[str, int] = {
-    "sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10,
-}  # fmt: skip
-"""Shared memory of one block at most. Sources: CUDA C++ programming guide, compute capabilities; AMD CDNA 3 ISA."""
-
-REGISTERS = 65_536
-"""Registers of a multiprocessor, of 32 bits. Source: CUDA C++ programming guide, compute capabilities."""
-
 MATRIX = tuple(dict.fromkeys(one.matrix for one in ARCHITECTURES.values()))
 
 
@@ -84,18 +76,6 @@ class Compiled:
     registers: int
     spills: int
     instructions: Mapping[str, int]
-
-
-def does_not_fit(architecture: str, *, shared_bytes: int, registers: int, threads: int) -> str | None:
-    """Why no block of such code can run; None if nothing speaks against it. AMD's registers are not looked at."""
-    limit = SHARED_BYTES.get(architecture)
-    if limit is None:
-        return f"is for {architecture}, of which nothing is known; {', '.join(SHARED_BYTES)} are"
-    if shared_bytes > limit:
-        return f"needs {shared_bytes:,} bytes of shared memory; {architecture} has {limit:,}"
-    if architecture.startswith("sm_") and registers * threads > REGISTERS:
-        return f"needs {registers} registers for each of {threads} threads; there are {REGISTERS:,}"
-    return None
 
 
 def compile_launch(launch: Launch, architecture: str) -> Compiled:

@@ -36,10 +36,7 @@ class Operator(Protocol):
     """Each operator in plain PyTorch, by name: what backends that have no spelling of it lower."""
 
     LAUNCHES: Mapping[str, str]
-    """By operator, import path of the function ``(node, graph, architecture) -> Launch``; without a kernel, absent.
-
-    With a ``Tiling`` beside the kernel, the function takes a tile in the architecture's place.
-    """
+    """By operator, import path of the function ``(node, graph, architecture) -> Launch``; without a kernel, absent."""
 
     def why_not(self, node: Node, graph: Graph, target: Target) -> str | None:
         """Why the call ``node``, whose inputs ``graph`` defines, cannot run on ``target``; None if it can."""

@@ -22,7 +22,6 @@ from intarsia.ir.operators import DTYPES, resolve
 from intarsia.ir.sizes import Dim, evaluate
 from intarsia.ir.target import Target
 from intarsia.ir.types import TensorType
-from intarsia.kernels.tiling import Space, Tile, tiling_of
 
 POINTERS: Mapping[str, str] = {
     "f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i64": "*i64", "i32": "*i32",
@@ -75,11 +74,8 @@ class Launch:
         return {name: tuple(axes) for name, axes in table.items()}
 
 
-def launch_of(node: Node, graph: Graph, architecture: str, tile: Tile | None = None) -> Launch | None:
+def launch_of(node: Node, graph: Graph, architecture: str) -> Launch | None:
     """How the call is launched on ``architecture``; None if its operator has no Triton kernel.
-
-    Args:
-        tile: One of ``space_of`` the call; its default if left out.
 
     Raises:
         Unsupported: The kernel does not take these operands; the reason is ``why_not``'s.
@@ -91,28 +87,17 @@ def launch_of(node: Node, graph: Graph, architecture: str, tile: Tile | None = N
         return None
     if reason := contract.why_not(node, graph, _gpu(architecture)):
         raise Unsupported(f"%{node.name}: {node.op} has no kernel for {architecture}: {reason}")
-    space = space_of(node, graph, architecture)
-    found: Launch = imported(path)(node, graph, architecture if space is None else tile or space.default)
+    found: Launch = imported(path)(node, graph, architecture)
     return found
 
 
-def space_of(node: Node, graph: Graph, architecture: str) -> Space | None:
-    """What may vary in how the call is launched; None where nothing does."""
-    tiling = tiling_of(node.op)
-    return None if tiling is None else tiling.space(node, graph, architecture)
-
-
-def run(op: str, arguments: Mapping[str, Any], tile: Tile | None = None) -> Tensor:
-    """Launch the operator's kernel on tensors by the names of the operator's parameters; gives the only result.
-
-    ``tile`` is as ``launch_of`` takes it.
-    """
+def run(op: str, arguments: Mapping[str, Any]) -> Tensor:
+    """Launch the operator's kernel on tensors by the names of the operator's parameters; gives the only result."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     first = next(iter(tensors.values()))
     types = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
     others = tuple((name, value) for name, value in arguments.items() if name not in tensors)
-    chosen = None if tile is None else tuple(sorted(tile.items()))
-    launch = _launch(op, types, others, architecture_of(first.device), chosen)
+    launch = _launch(op, types, others, architecture_of(first.device))
     results = allocate(launch, {}, first.device)
     if all(result.numel() for result in results.values()):
         with torch.cuda.device_of(first):
@@ -239,29 +224,16 @@ Signature = tuple[tuple[str, torch.dtype, torch.Size], ...]
 
 
 @lru_cache(maxsize=1024)
-def _launch(
-    op: str,
-    operands: Signature,
-    others: tuple[tuple[str, Any], ...],
-    architecture: str,
-    tile: tuple[tuple[str, int], ...] | None,
-) -> Launch:
-    """The launch for one call with these operands."""
+def _launch(op: str, operands: Signature, others: tuple[tuple[str, Any], ...], architecture: str) -> Launch:
+    """The launch for one call with these operands, as a graph of its own."""
     fake = {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype, shape in operands}
-    graph = call_graph(op, {**fake, **dict(others)})
-    launch = launch_of(graph.nodes[0], graph, architecture, None if tile is None else dict(tile))
+    given = tuple(Value(name, type_of(tensor)) for name, tensor in fake.items())
+    args: dict[str, Arg] = {**{name: Ref(name) for name in fake}, **dict(others)}
+    node = Node(op, args, (Value("output", type_of(resolve(op)(**fake, **dict(others)))),))
+    launch = launch_of(node, Graph("call", given, (), (node,), ("output",)), architecture)
     if launch is None:
         raise Unsupported(f"{op} has no kernel")
     return launch
-
-
-def call_graph(op: str, arguments: Mapping[str, Any]) -> Graph:
-    """One call as a graph of its own, whose inputs are the call's tensors, on the meta device."""
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    given = tuple(Value(name, type_of(tensor)) for name, tensor in tensors.items())
-    args: dict[str, Arg] = {**dict(arguments), **{name: Ref(name) for name in tensors}}
-    node = Node(op, args, (Value("output", type_of(resolve(op)(**arguments))),))
-    return Graph("call", given, (), (node,), ("output",))
 
 
 def _gpu(architecture: str) -> Target:

@@ -8,22 +8,54 @@ Sources: Dao et al., FlashAttention (arXiv 2205.14135) and FlashAttention-2 (arX
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
 from intarsia.ir.graph import Graph, Node, Ref
 from intarsia.kernels.launch import POINTERS, Launch, cdiv, product, strides
-from intarsia.kernels.tiling import Tile
 
 
-def launch(node: Node, graph: Graph, tile: Tile) -> Launch:
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a block, warps that share it, depth of the pipeline that fetches keys and values."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+TILES = {
+    ("sm_80", 32): Tile(128, 64, 4, 3),
+    ("sm_80", 64): Tile(128, 32, 4, 3),
+    ("sm_80", 128): Tile(128, 64, 8, 2),
+    ("sm_90", 32): Tile(128, 128, 8, 3),
+    ("sm_90", 64): Tile(128, 128, 8, 3),
+    ("sm_90", 128): Tile(128, 128, 8, 2),
+    ("gfx942", 32): Tile(128, 64, 4, 1),
+    ("gfx942", 64): Tile(128, 64, 4, 1),
+    ("gfx942", 128): Tile(128, 64, 4, 1),
+}
+"""By the oldest architecture that a tile fits, and channels of a head; what fits sm_90 fits what came after.
+
+None of them spills a register. On sm_80 a warp of 16 queries reads shared memory as fast as it can (256 bytes for each
+``mma.sync``, which takes two cycles), so that 32 queries a warp are better where the registers suffice.
+"""
+
+SINGLE = Tile(64, 32, 4, 1)
+"""For f32, which no tensor core multiplies exactly."""
+
+
+def launch(node: Node, graph: Graph, architecture: str) -> Launch:
     """A program for each block of queries of each head; all blocks of a head run together and share its keys."""
     query, key = graph.type(node.ref("query")), graph.type(node.ref("key"))
     batch, heads, tokens, channels = query.shape
     assert isinstance(channels, int)
     scale, lengths = node.args["scale"], node.args["lengths"]
     assert scale is None or isinstance(scale, int | float)
+    tile = _tile(architecture, query.dtype, channels)
     lengths_type = (POINTERS[graph.type(lengths.name).dtype],) if isinstance(lengths, Ref) else ()
     told = [strides(graph, node, operand, (0, 1, 2)) for operand in ("query", "key", "value")]
     return Launch(
@@ -46,16 +78,24 @@ def launch(node: Node, graph: Graph, tile: Tile) -> Launch:
             **({} if lengths_type else {"lengths_ptr": None}),
             "scale": (channels**-0.5 if scale is None else float(scale)) * math.log2(math.e),
             "channels": channels,
-            "block_m": tile["queries"],
-            "block_n": tile["keys"],
+            "block_m": tile.queries,
+            "block_n": tile.keys,
         },
-        grid=(cdiv(tokens, tile["queries"]), product((batch, heads)), "1"),
-        warps=tile["warps"],
-        stages=tile["stages"],
+        grid=(cdiv(tokens, tile.queries), product((batch, heads)), "1"),
+        warps=tile.warps,
+        stages=tile.stages,
         results={"output": node.type},
         layouts={"output": (0, 2, 1, 3)},
         aligned=tuple(dict.fromkeys(text for _, texts in told for text in texts)),
     )
+
+
+def _tile(architecture: str, dtype: str, channels: int) -> Tile:
+    if dtype == "f32":
+        return SINGLE
+    if architecture.startswith("gfx"):
+        return TILES["gfx942", channels]
+    return TILES["sm_90" if int(architecture.removeprefix("sm_")) >= 90 else "sm_80", channels]
 
 
 @triton.jit

@@ -18,11 +18,42 @@ import triton
 import triton.language as tl
 
 from intarsia.ir.graph import Graph, Node, Ref
+from intarsia.kernels.attention.triton import Tile
 from intarsia.kernels.launch import POINTERS, Launch, product, strides
-from intarsia.kernels.tiling import Tile
+
+TILES = {
+    ("sm_80", 32): Tile(128, 64, 4, 3),
+    ("sm_80", 64): Tile(128, 32, 4, 3),
+    ("sm_80", 128): Tile(128, 64, 8, 3),
+    ("sm_90", 32): Tile(128, 64, 4, 3),
+    ("sm_90", 64): Tile(128, 128, 8, 3),
+    ("sm_90", 128): Tile(128, 64, 8, 3),
+    ("gfx942", 32): Tile(128, 64, 4, 1),
+    ("gfx942", 64): Tile(128, 64, 4, 1),
+    ("gfx942", 128): Tile(128, 64, 4, 1),
+}
+"""By the oldest architecture that a tile fits, and channels of a head; what fits sm_90 fits what came after.
+
+None of them spills a register. Which is the fastest of those that do not has not been measured.
+"""
+
+ORDERED = {
+    **TILES,
+    ("sm_80", 128): Tile(128, 32, 8, 2),
+    ("gfx942", 32): Tile(128, 32, 4, 1),
+    ("gfx942", 64): Tile(128, 32, 4, 1),
+    ("gfx942", 128): Tile(128, 32, 4, 1),
+}
+"""The same where tokens are read through an order: addresses and masks then take registers of their own."""
+
+SINGLE = {32: Tile(32, 32, 4, 1), 64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 8, 1)}
+"""For f32, which no tensor core multiplies exactly, by channels of a head."""
+
+ROWS = {"sm_80": 8, "sm_90": 16, "gfx942": 8, "f32": 4}
+"""Queries for each warp of a tile that the table makes smaller; with more, those for sm_80, gfx942 and f32 spill."""
 
 
-def launch(node: Node, graph: Graph, tile: Tile) -> Launch:
+def launch(node: Node, graph: Graph, architecture: str) -> Launch:
     """A program for each tile of queries of each head, those of a head together, the longest rows first."""
     query, key = graph.type(node.ref("query")), graph.type(node.ref("key"))
     batch, heads, queries, channels = query.shape
@@ -31,6 +62,7 @@ def launch(node: Node, graph: Graph, tile: Tile) -> Launch:
     assert isinstance(channels, int)
     assert isinstance(rows, int)
     assert scale is None or isinstance(scale, int | float)
+    tile = _tile(node, graph, architecture)
     absent = [arg for arg in ("lengths", "tokens") if not isinstance(node.args[arg], Ref)]
     given = ("query", "key", "value", "lengths", "rows", "columns", "reach", "tokens")
     read = [arg for arg in given if arg not in absent]
@@ -55,16 +87,36 @@ def launch(node: Node, graph: Graph, tile: Tile) -> Launch:
             "channels": channels,
             "block_q": block_q,
             "block_k": block_k,
-            "tile_q": tile["queries"],
-            "tile_k": tile["keys"],
+            "tile_q": tile.queries,
+            "tile_k": tile.keys,
         },
-        grid=(str(rows * (block_q // tile["queries"])), product((batch, heads)), "1"),
-        warps=tile["warps"],
-        stages=tile["stages"],
+        grid=(str(rows * (block_q // tile.queries)), product((batch, heads)), "1"),
+        warps=tile.warps,
+        stages=tile.stages,
         results={"output": node.type},
         layouts={"output": (0, 2, 1, 3)},
         aligned=tuple(dict.fromkeys(text for _, texts in told for text in texts)),
     )
+
+
+def _tile(node: Node, graph: Graph, architecture: str) -> Tile:
+    """The best tile, cut down to powers of two that divide the blocks, and to as few warps as it then keeps busy."""
+    query, ordered, oldest = graph.type(node.ref("query")), isinstance(node.args["tokens"], Ref), _oldest(architecture)
+    channels, single = cast("int", query.shape[3]), query.dtype == "f32"
+    best = SINGLE[channels] if single else (ORDERED if ordered else TILES)[oldest, channels]
+    rows = ROWS["f32" if single else oldest]
+    block_q, block_k = (cast("int", node.args[axis]) for axis in ("block_q", "block_k"))
+    queries = min(best.queries, block_q & -block_q)
+    keys = min(best.keys, block_k & -block_k, queries)  # a small tile has too few threads to hold more
+    # Where to read comes out of memory first: twice the depth keeps as many keys under way.
+    stages = 2 * best.stages - 1 if ordered else best.stages
+    return Tile(queries, keys, min(best.warps, max(1, queries // rows)), stages)
+
+
+def _oldest(architecture: str) -> str:
+    if architecture.startswith("gfx"):
+        return "gfx942"
+    return "sm_90" if int(architecture.removeprefix("sm_")) >= 90 else "sm_80"
 
 
 @triton.jit

@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 
 from intarsia.ir.graph import Graph, Node, Ref
-from intarsia.kernels.launch import POINTERS, Launch, cdiv, product
-from intarsia.kernels.tiling import Tile
+from intarsia.kernels.launch import POINTERS, Launch, cdiv, product, product_tile
 
 
-def launch(node: Node, graph: Graph, tile: Tile) -> Launch:
-    """A program for each tile of tokens and rows; a step along the columns stays inside one group."""
+def launch(node: Node, graph: Graph, architecture: str) -> Launch:
+    """A tile of ``product_tile``; a step along the columns stays inside one group."""
     input, group = graph.type(node.ref("input")), node.args["group"]
     rows, columns = node.type.shape[-1], input.shape[-1]
     tokens = product(input.shape[:-1])
+    block_m, block_n = product_tile(tokens, 64)
     bias = node.args["bias"]
     biases = (POINTERS[graph.type(bias.name).dtype],) if isinstance(bias, Ref) else ()
     assert isinstance(rows, int)
@@ -34,11 +34,13 @@ def launch(node: Node, graph: Graph, tile: Tile) -> Launch:
             "n_size": rows,
             "k_size": columns,
             "group": group,
-            **{side: tile[side] for side in ("block_m", "block_n", "block_k")},
+            "block_m": block_m,
+            "block_n": block_n,
+            "block_k": min(group, 32 if input.dtype == "f32" else 64 if block_m > 16 else 128),
         },
-        grid=(cdiv(rows, tile["block_n"]), cdiv(tokens, tile["block_m"]), "1"),
-        warps=tile["warps"],
-        stages=tile["stages"],
+        grid=(cdiv(rows, block_n), cdiv(tokens, block_m), "1"),
+        warps=4,
+        stages=3,
         results={"output": node.type},
     )
 

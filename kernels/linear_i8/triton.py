@@ -11,16 +11,16 @@ import triton
 import triton.language as tl
 
 from intarsia.ir.graph import Graph, Node, Ref
-from intarsia.kernels.launch import POINTERS, Launch, cdiv, product
-from intarsia.kernels.tiling import Tile
+from intarsia.kernels.launch import POINTERS, Launch, cdiv, product, product_tile
 
 
-def launch(node: Node, graph: Graph, tile: Tile) -> Launch:
-    """A program for each tile of tokens and rows."""
+def launch(node: Node, graph: Graph, architecture: str) -> Launch:
+    """A tile of ``product_tile``; steps are shorter for f32, whose operands take more registers."""
     input, (rows, columns) = graph.type(node.ref("input")), graph.type(node.ref("weight")).shape
     assert isinstance(rows, int)
     assert isinstance(columns, int)
     tokens = product(input.shape[:-1])
+    block_m, block_n = product_tile(tokens, 128)
     bias = node.args["bias"]
     biases = (POINTERS[graph.type(bias.name).dtype],) if isinstance(bias, Ref) else ()
     return Launch(
@@ -31,11 +31,13 @@ def launch(node: Node, graph: Graph, tile: Tile) -> Launch:
             **({} if biases else {"b_ptr": None}),
             "n_size": rows,
             "k_size": columns,
-            **{side: tile[side] for side in ("block_m", "block_n", "block_k")},
+            "block_m": block_m,
+            "block_n": block_n,
+            "block_k": 32 if input.dtype == "f32" else 64 if block_m > 16 else 256,
         },
-        grid=(cdiv(rows, tile["block_n"]), cdiv(tokens, tile["block_m"]), "1"),
-        warps=tile["warps"],
-        stages=tile["stages"],
+        grid=(cdiv(rows, block_n), cdiv(tokens, block_m), "1"),
+        warps=8 if block_m > 16 else 4,
+        stages=3,
         results={"output": node.type},
     )
 

@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 
 from intarsia.ir.graph import Graph, Node, Ref
-from intarsia.kernels.launch import POINTERS, Launch, cdiv, product
-from intarsia.kernels.tiling import Tile
+from intarsia.kernels.launch import POINTERS, Launch, cdiv, product, product_tile
 
 
-def launch(node: Node, graph: Graph, tile: Tile) -> Launch:
-    """A program for each tile of tokens and rows."""
+def launch(node: Node, graph: Graph, architecture: str) -> Launch:
+    """A tile of ``product_tile``; steps are shorter on AMD's GPUs, whose programs share less memory."""
     input, (rows, columns) = graph.type(node.ref("input")), graph.type(node.ref("weight")).shape
     tokens = product(input.shape[:-1])
+    block_m, block_n = product_tile(tokens, 128)
     bias = isinstance(node.args["bias"], Ref)
     assert isinstance(rows, int)
     assert isinstance(columns, int)
@@ -28,11 +28,13 @@ def launch(node: Node, graph: Graph, tile: Tile) -> Launch:
             "n_size": rows,
             "k_size": columns,
             **ends(node),
-            **{side: tile[side] for side in ("block_m", "block_n", "block_k")},
+            "block_m": block_m,
+            "block_n": block_n,
+            "block_k": 64 if architecture.startswith("gfx") else 128 if block_m > 16 else 256,
         },
-        grid=(cdiv(rows, tile["block_n"]), cdiv(tokens, tile["block_m"]), "1"),
-        warps=tile["warps"],
-        stages=tile["stages"],
+        grid=(cdiv(rows, block_n), cdiv(tokens, block_m), "1"),
+        warps=8 if block_m > 16 else 4,
+        stages=2 if architecture.startswith("gfx") else 3,
         results={"output": node.type},
     )
 

@@ -9,11 +9,10 @@ import triton.language as tl
 
 from intarsia.ir.graph import Graph, Node, Ref
 from intarsia.kernels.launch import POINTERS, Launch, product, strides
-from intarsia.kernels.tiling import Tile
 
 
-def launch(node: Node, graph: Graph, tile: Tile) -> Launch:
-    """A program for each token."""
+def launch(node: Node, graph: Graph, architecture: str) -> Launch:
+    """A program for each token, with a warp for each 512 channels."""
     input = graph.type(node.ref("input"))
     channels, eps = input.shape[2], node.args["eps"]
     assert isinstance(channels, int)
@@ -39,7 +38,7 @@ def launch(node: Node, graph: Graph, tile: Tile) -> Launch:
             "block": block,
         },
         grid=(product(input.shape[:2]), "1", "1"),
-        warps=tile["warps"],
+        warps=min(16, max(1, block // 512)),
         stages=1,
         results={"output": node.type},
         aligned=tuple(dict.fromkeys(scale_aligned + shift_aligned)),
