@@ -348,7 +348,6 @@ class Converters:
         made = self.integer(node, importer, of=of)
         return made if bias is None else _add(importer, made, importer.env[bias])
 
-
     def index_copy(self, node: torch.fx.Node, importer: Any) -> Any:
         """Rows written at places of an axis, which are looked up once for all that are written at the same ones."""
         given = nodes.arguments(node)
